@@ -1,0 +1,1 @@
+"""Tests; `tests.simulation` is a library that several of them share."""
