@@ -1,0 +1,255 @@
+"""Rows on their way back: targets after drift, fetches in flight, installation.
+
+A satellite with a *target* wants other positions than it holds. Each step the missing
+ones of all satellites go to memd in one message, best score first, as many as the
+landing ring takes; the rest follows later. Until rows land, attention goes on over what
+is there: stale, but valid. A head has at most one fetch in flight, so the slots named at
+issue are still right at installation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hetero_sglang.errors import ResidencyError
+from hetero_sglang.policy.plan import plan_delta
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hetero_sglang.cache.blocks import BlockPool
+    from hetero_sglang.cache.host_store import HostStore
+    from memd.client import FetchTicket
+
+
+@dataclass
+class KeptRows:
+    """Positions that one request's heads hold, and where they should go.
+
+    Attributes:
+        num_tokens: Prompt length, tokens.
+        positions: Position in each kept slot by compressed head id, int64 arrays.
+        targets: Wanted positions, best first, of heads that are not there yet.
+        in_flight: Heads with a fetch under way.
+    """
+
+    num_tokens: int
+    positions: list[NDArray[np.int64]]
+    targets: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    in_flight: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    row: int
+    head: int
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+
+@dataclass
+class _Flight:
+    ticket: FetchTicket
+    exchanges: list[_Exchange]
+    kept: list[KeptRows]
+
+
+@dataclass
+class RetrievalCounters:
+    """What the retrieval path has done since start.
+
+    Attributes:
+        issued: Fetch messages sent to memd.
+        installed: Fetches whose rows were all installed.
+        dropped: Fetches answered with an error, lost with memd, or of finished requests.
+        fetched_bytes: Bytes installed.
+        installed_rows: Rows installed.
+    """
+
+    issued: int = 0
+    installed: int = 0
+    dropped: int = 0
+    fetched_bytes: int = 0
+    installed_rows: int = 0
+
+
+class Retrieval:
+    """Plans, issues and installs fetches for all requests.
+
+    Attributes:
+        counters: Totals for ``/server_info``.
+    """
+
+    def __init__(self, store: HostStore, blocks: BlockPool, max_rows: int) -> None:
+        """Starts with nothing in flight.
+
+        Args:
+            store: Where rows come from.
+            blocks: Where rows go.
+            max_rows: Most rows of one fetch.
+        """
+        self.counters = RetrievalCounters()
+        self._store = store
+        self._blocks = blocks
+        self._max_rows = max_rows
+        self._kept: dict[int, KeptRows] = {}
+        self._flights: list[_Flight] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing wanted and nothing in flight."""
+        return not self._flights and not any(kept.targets for kept in self._kept.values())
+
+    @property
+    def num_rows_in_flight(self) -> int:
+        """Rows of the landing ring that are in use."""
+        return sum(flight.ticket.num_rows for flight in self._flights)
+
+    def begin(self, row: int, num_tokens: int, positions: list[NDArray[np.int64]]) -> None:
+        """Starts to follow a request.
+
+        Args:
+            row: Row of the request table.
+            num_tokens: Prompt length, tokens.
+            positions: Kept positions by compressed head id, slot order, int64 arrays; owned
+                from now on.
+        """
+        self._kept[row] = KeptRows(num_tokens, positions)
+
+    def kept_positions(self, row: int) -> list[NDArray[np.int64]] | None:
+        """Kept positions of a followed row by compressed head id; None when not followed."""
+        kept = self._kept.get(row)
+        return None if kept is None else kept.positions
+
+    def set_target(self, row: int, head: int, target: NDArray[np.int64]) -> None:
+        """Names the positions a head shall hold.
+
+        Args:
+            row: A followed row.
+            head: Compressed head id.
+            target: Positions, best first, as many as the head keeps, int64.
+        """
+        if self._store.has(row) and len(target):
+            self._kept[row].targets[head] = target
+
+    def forget(self, row: int) -> None:
+        """Stops following a row; its rows in flight are dropped when they land."""
+        self._kept.pop(row, None)
+
+    def issue(self) -> None:
+        """Sends at most one message for everything that is missing; never blocks."""
+        exchanges: list[_Exchange] = []
+        indices: list[NDArray[np.int64]] = []
+        owners: list[KeptRows] = []
+        room = self._max_rows
+        for row, kept in self._kept.items():
+            for head in [h for h in kept.targets if h not in kept.in_flight]:
+                if room <= 0:
+                    break
+                target, held = kept.targets[head], kept.positions[head]
+                plan = plan_delta(target, held, kept.num_tokens, room)
+                if not len(plan.positions):
+                    del kept.targets[head]
+                    continue
+                room -= len(plan.positions)
+                exchanges.append(_Exchange(row, head, plan.positions, plan.slots))
+                indices.append(self._store.row_indices(row, head, plan.positions))
+                owners.append(kept)
+        if not exchanges:
+            return
+        ticket = self._store.fetch(np.concatenate(indices))
+        if ticket is None:
+            return
+        for exchange, kept in zip(exchanges, owners, strict=True):
+            kept.in_flight.add(exchange.head)
+        self._flights.append(_Flight(ticket, exchanges, owners))
+        self.counters.issued += 1
+
+    def install_landed(self) -> None:
+        """Writes the rows of finished fetches into the block pool; never blocks."""
+        waiting: list[_Flight] = []
+        for flight in self._flights:
+            if not flight.ticket.is_done and self._store.is_available:
+                waiting.append(flight)
+                continue
+            self._land(flight)
+        self._flights = waiting
+
+    def run_to_completion(self, timeout_s: float) -> bool:
+        """Fetches and installs until every head has its target (``sync`` retrieval).
+
+        Args:
+            timeout_s: Longest wait in all, seconds.
+
+        Returns:
+            False when memd was lost or did not answer in time; what landed stays.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._store.is_available:
+            self.issue()
+            if not self._flights:
+                return True
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not self._store.client.wait(self._flights[0].ticket, remaining):
+                return False
+            self._store.poll()
+            self.install_landed()
+        self.install_landed()
+        return False
+
+    def drop_targets(self) -> None:
+        """Forgets what is still wanted; used when memd is lost."""
+        for kept in self._kept.values():
+            kept.targets.clear()
+
+    def check_integrity(self) -> None:
+        """Raises ResidencyError when positions repeat, leave the prompt or differ from the pool."""
+        flat = self._blocks.positions.numpy().reshape(-1)
+        for row, kept in self._kept.items():
+            for head, positions in enumerate(kept.positions):
+                if len(np.unique(positions)) != len(positions):
+                    raise ResidencyError(f"row {row} head {head} keeps a position twice")
+                if len(positions) and not 0 <= positions.min() <= positions.max() < kept.num_tokens:
+                    raise ResidencyError(f"row {row} head {head} keeps a position off its prompt")
+                where = self._blocks.row_addresses(row, head, np.arange(len(positions)))
+                if not np.array_equal(flat[where], positions):
+                    raise ResidencyError(f"row {row} head {head}: pool and table disagree")
+
+    def _land(self, flight: _Flight) -> None:
+        ok = flight.ticket.is_done and flight.ticket.error is None and self._store.is_available
+        rows = self._store.landed(flight.ticket) if ok else None
+        start = 0
+        is_whole = True
+        for exchange, kept in zip(flight.exchanges, flight.kept, strict=True):
+            end = start + len(exchange.positions)
+            kept.in_flight.discard(exchange.head)
+            if rows is not None and self._kept.get(exchange.row) is kept:
+                self._install(exchange, kept, rows[start:end])
+            else:
+                is_whole = False
+                if not ok:
+                    kept.targets.pop(exchange.head, None)
+            start = end
+        if is_whole:
+            self.counters.installed += 1
+        else:
+            self.counters.dropped += 1
+        self._store.client.finish(flight.ticket)
+
+    def _install(self, exchange: _Exchange, kept: KeptRows, rows: torch.Tensor) -> None:
+        where = torch.from_numpy(
+            self._blocks.row_addresses(exchange.row, exchange.head, exchange.slots)
+        )
+        head_dim = self._blocks.k.shape[2]
+        self._blocks.k.view(-1, head_dim).index_copy_(0, where, rows[:, 0])
+        self._blocks.v.view(-1, head_dim).index_copy_(0, where, rows[:, 1])
+        positions = torch.from_numpy(exchange.positions).to(torch.int32)
+        self._blocks.positions.view(-1).index_copy_(0, where, positions)
+        kept.positions[exchange.head][exchange.slots] = exchange.positions
+        self.counters.fetched_bytes += rows.numel() * rows.element_size()
+        self.counters.installed_rows += len(rows)

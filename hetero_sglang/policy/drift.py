@@ -1,0 +1,51 @@
+"""When a pivot's attention has moved.
+
+Source: HeteroCache (arXiv 2601.13684), pivot-guided retrieval; upstream
+``cache_utils.py`` ``decode_select``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def drift_verdict(overlap: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
+    """Which pivots have drifted.
+
+    Args:
+        overlap: Share of the reference set found in each query's top-K set, fp32
+            [num_pivots, num_queries], in [0, 1].
+        threshold: A pivot drifts when the median over its queries is below this.
+
+    Returns:
+        bool [num_pivots]. With an even number of queries the median is the mean of the
+        two middle values.
+    """
+    if overlap.size == 0:
+        return np.zeros(overlap.shape[0], dtype=np.bool_)
+    return np.asarray(np.median(overlap, axis=1) < threshold)
+
+
+def is_check_due(num_steps: int, interval: int) -> bool:
+    """Whether ``num_steps`` finished decode steps end a drift interval."""
+    return num_steps > 0 and num_steps % interval == 0
+
+
+def pack_positions(positions: NDArray[np.int64], num_words: int) -> NDArray[np.int32]:
+    """Position set as a bit set.
+
+    Args:
+        positions: Positions, int64 [n], each under ``32 * num_words``.
+        num_words: Words of the result.
+
+    Returns:
+        int32 [num_words]; bit ``p % 32`` of word ``p // 32`` is set for each position p.
+    """
+    bits = np.zeros(num_words * 32, dtype=np.uint8)
+    bits[positions] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)

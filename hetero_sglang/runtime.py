@@ -1,0 +1,662 @@
+"""A request's life under the policy, readable from top to bottom.
+
+``begin_prefill`` -> ``allocate`` -> ``extend_layer`` (a chunk, layer by layer; the last
+chunk compresses) -> ``allocate`` + ``begin_decode`` + ``decode_layer`` (a step) ->
+``free``. Called on SGLang's scheduler thread only; knows the areas and the policy, not
+SGLang. Nothing here waits for memd during decode unless retrieval is ``sync``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from hetero_kernels import (
+    DecodeBatch,
+    DecodeLayer,
+    LayerTensors,
+    extend_attention,
+    native_status,
+    score_positions,
+    top_positions,
+    topk_overlap,
+)
+
+from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
+from hetero_sglang.errors import HeteroError, ResidencyError
+from hetero_sglang.policy.budget import HeadBudget, allocate_budget
+from hetero_sglang.policy.drift import drift_verdict, pack_positions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hetero_sglang.cache.blocks import BlockPool
+    from hetero_sglang.cache.host_store import HostStore
+    from hetero_sglang.cache.staging import StagingPool
+    from hetero_sglang.config import HeteroConfig
+    from hetero_sglang.policy.roles import RoleTables
+
+logger = logging.getLogger(__name__)
+
+_RESERVE_WAIT_S = 1.0
+
+
+@dataclass
+class _Prefill:
+    """A prompt on its way in: how long it is and how far this chunk goes."""
+
+    num_tokens: int
+    end: int
+    staging_start: int | None = None
+    budget: HeadBudget | None = None
+    kept: list[NDArray[np.int64]] = field(default_factory=list)
+
+    @property
+    def is_last_chunk(self) -> bool:
+        return self.end == self.num_tokens
+
+
+@dataclass(frozen=True)
+class ExtendSpan:
+    """One request's part of an extend batch.
+
+    Attributes:
+        row: Row of the request table.
+        start: First query token within the batch.
+        prefix_len: Tokens of the prompt that earlier chunks have done.
+        num_new: Tokens of this chunk.
+    """
+
+    row: int
+    start: int
+    prefix_len: int
+    num_new: int
+
+
+@dataclass
+class DriftCounters:
+    """Drift totals since start.
+
+    Attributes:
+        checks: Pivots checked.
+        events: Pivots found to have drifted.
+    """
+
+    checks: int = 0
+    events: int = 0
+
+
+class HeteroRuntime:
+    """Residency of all requests of one model on one device.
+
+    Attributes:
+        tables: Index tables of the head profile.
+        config: Settings.
+        blocks: Block pool.
+        staging: Staging pool.
+        store: Host copy in memd; None when retrieval is off.
+        drift: Drift totals.
+    """
+
+    def __init__(
+        self,
+        *,
+        tables: RoleTables,
+        config: HeteroConfig,
+        k_resident: torch.Tensor,
+        v_resident: torch.Tensor,
+        blocks: BlockPool,
+        staging: StagingPool,
+        store: HostStore | None,
+        req_to_token: torch.Tensor,
+        group_size: int,
+    ) -> None:
+        """Wires the areas together.
+
+        Args:
+            tables: Index tables of the head profile.
+            config: Settings.
+            k_resident: Resident keys, [num_planes, num_slots, head_dim].
+            v_resident: Resident values, same shape.
+            blocks: Block pool for the same rows.
+            staging: Staging pool.
+            store: Host copy, or None for retrieval "off".
+            req_to_token: SGLang's token ids by row and position, int32 [num_rows, context].
+            group_size: Query heads a KV head.
+        """
+        self.tables = tables
+        self.config = config
+        self.blocks = blocks
+        self.staging = staging
+        self.store = store
+        self.drift = DriftCounters()
+        self.store_skipped = 0
+        self._k_resident = k_resident
+        self._v_resident = v_resident
+        self._req_to_token = req_to_token
+        self._req_to_token_np = req_to_token.numpy()
+        self._group_size = group_size
+        num_rows, context = req_to_token.shape
+        head_dim = k_resident.shape[2]
+        self._head_dim = head_dim
+        self._prefills: dict[int, _Prefill] = {}
+        self._decoding: dict[int, HeadBudget] = {}
+        self._is_watched = np.zeros(num_rows, dtype=np.bool_)
+        self._top_k = np.zeros(num_rows, dtype=np.int32)
+        self._num_words = -(-context // 32)
+        watch = store is not None
+        self._reference = torch.zeros(
+            num_rows if watch else 0, tables.num_pivots, self._num_words, dtype=torch.int32
+        )
+        self._pivot_queries = torch.zeros(
+            num_rows if watch else 0,
+            tables.num_pivots,
+            config.drift_interval,
+            group_size,
+            head_dim,
+            dtype=k_resident.dtype,
+        )
+        self._pivot_plane = torch.from_numpy(tables.pivot_plane)
+        self._head_index = [
+            (
+                torch.from_numpy(heads.resident),
+                torch.from_numpy(heads.compressed),
+                torch.from_numpy(heads.pivots),
+            )
+            for heads in tables.layers
+        ]
+        self._layers: list[DecodeLayer | None] = [None] * len(tables.layers)
+        self._batch: DecodeBatch | None = None
+        self._retrieval = (
+            Retrieval(store, blocks, config.landing_rows) if store is not None else None
+        )
+        self._is_memd_lost = False
+        self._scale = head_dim**-0.5
+        self.budget_for = lru_cache(maxsize=4096)(self._budget_for)
+
+    # -- admission ---------------------------------------------------------------------
+
+    def blocks_for_prompt(self, num_tokens: int) -> int:
+        """Blocks that a prompt of this length will own once compressed."""
+        return self.blocks.blocks_for(self.budget_for(num_tokens).tokens)
+
+    @property
+    def num_promised_blocks(self) -> int:
+        """Blocks of prompts whose prefill has begun and that do not own them yet."""
+        return sum(
+            self.blocks_for_prompt(prefill.num_tokens)
+            for prefill in self._prefills.values()
+            if prefill.budget is None
+        )
+
+    def blocks_for_growth(self, num_tokens: int) -> int:
+        """Blocks that this many generated tokens fill, in all compressed heads."""
+        return -(-num_tokens * self.tables.num_compressed // self.blocks.block_tokens)
+
+    @property
+    def is_empty(self) -> bool:
+        """No request is in prefill or decode."""
+        return not self._prefills and not self._decoding
+
+    def blocks_to_grow(self, rows: NDArray[np.int64], seq_lens: NDArray[np.int64]) -> int:
+        """Blocks that the next decode step of these rows takes."""
+        decoding = np.fromiter((row in self._decoding for row in rows.tolist()), np.bool_)
+        if not decoding.any():
+            return 0
+        return self.blocks.blocks_to_grow(rows[decoding], seq_lens[decoding])
+
+    # -- memory ------------------------------------------------------------------------
+
+    def begin_prefill(self, row: int, num_tokens: int, end: int) -> None:
+        """Announces a chunk of a prompt.
+
+        Args:
+            row: Row of the request table.
+            num_tokens: Whole prompt length, tokens.
+            end: Position after the last token of this chunk.
+        """
+        prefill = self._prefills.get(row)
+        if prefill is None:
+            self._prefills[row] = _Prefill(num_tokens, end)
+        else:
+            prefill.num_tokens, prefill.end = num_tokens, end
+
+    def allocate(self, rows: NDArray[np.int64], seq_lens: NDArray[np.int64]) -> None:
+        """Gives each row the room for its tokens up to ``seq_lens``.
+
+        Args:
+            rows: Rows of one batch, int64 [num_reqs].
+            seq_lens: Length each row grows to, int64 [num_reqs].
+
+        Raises:
+            ResidencyError: A pool is exhausted; admission should have prevented it.
+        """
+        decoding: list[int] = []
+        for index, row in enumerate(rows.tolist()):
+            prefill = self._prefills.get(row)
+            if prefill is None:
+                decoding.append(index)
+                continue
+            if prefill.staging_start is None:
+                prefill.staging_start = self.staging.extents.allocate(prefill.num_tokens)
+                if prefill.staging_start is None:
+                    raise ResidencyError(
+                        f"staging pool exhausted: {prefill.num_tokens} tokens wanted, "
+                        f"{self.staging.extents.used} of {self.staging.extents.capacity} in use"
+                    )
+            if prefill.is_last_chunk and prefill.budget is None:
+                budget = self.budget_for(prefill.num_tokens)
+                self.blocks.begin(row, prefill.num_tokens, budget.tokens)
+                prefill.budget = budget
+                prefill.kept = [np.empty(0, dtype=np.int64)] * self.tables.num_compressed
+        if decoding:
+            self.blocks.grow(rows[decoding], seq_lens[decoding])
+
+    def free(self, row: int) -> None:
+        """Returns all that a row holds; fetches in flight are dropped when they land."""
+        prefill = self._prefills.pop(row, None)
+        if prefill is not None and prefill.staging_start is not None:
+            self.staging.extents.free(prefill.staging_start)
+        self._decoding.pop(row, None)
+        self._is_watched[row] = False
+        self.blocks.free_row(row)
+        if self._retrieval is not None:
+            self._retrieval.forget(row)
+        if self.store is not None:
+            self.store.free_row(row)
+
+    def clear(self) -> None:
+        """Frees every row (cache flush)."""
+        for row in {*self._prefills, *self._decoding}:
+            self.free(row)
+
+    # -- prefill -----------------------------------------------------------------------
+
+    def begin_extend(self, spans: list[ExtendSpan]) -> None:
+        """Asks memd for the pages of a batch's new tokens, ahead of their use."""
+        if self.store is None:
+            return
+        self.store.poll()
+        for span in spans:
+            prefill = self._prefills[span.row]
+            if self._wants_store(self.budget_for(prefill.num_tokens)):
+                end = span.prefix_len + span.num_new
+                ids = self._req_to_token_np[span.row, span.prefix_len : end]
+                self.store.reserve(span.row, ids.astype(np.int64))
+
+    def extend_layer(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: list[ExtendSpan],
+        scale: float,
+    ) -> torch.Tensor:
+        """Stores a chunk's KV, attends over everything so far, compresses at the last chunk.
+
+        Args:
+            layer: Layer index.
+            q: Queries, [num_tokens, num_q_heads, head_dim].
+            k: Keys, [num_tokens, num_kv_heads, head_dim].
+            v: Values, same shape.
+            spans: Requests of the batch.
+            scale: Softmax scale.
+
+        Returns:
+            Attention output, like ``q``.
+        """
+        self._scale = scale
+        out = torch.empty_like(q)
+        for span in spans:
+            tokens = slice(span.start, span.start + span.num_new)
+            keys, values = self._write_chunk(layer, k[tokens], v[tokens], span)
+            out[tokens] = extend_attention(
+                q[tokens], keys, values, prefix_len=span.prefix_len, scale=scale
+            )
+            prefill = self._prefills[span.row]
+            if prefill.is_last_chunk:
+                last = q[tokens.stop - 1].view(-1, self._group_size, self._head_dim)
+                self._compress_layer(layer, span.row, prefill, last, keys, values, scale)
+                if layer == len(self.tables.layers) - 1:
+                    self._finish_prefill(span.row, prefill)
+        return out
+
+    def _write_chunk(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, span: ExtendSpan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a chunk to its areas; returns K and V so far, [num_kv_heads, total, head_dim]."""
+        heads = self.tables.layers[layer]
+        resident, compressed, _ = self._head_index[layer]
+        prefill = self._prefills[span.row]
+        assert prefill.staging_start is not None
+        total = span.prefix_len + span.num_new
+        staged = slice(prefill.staging_start + span.prefix_len, prefill.staging_start + total)
+        so_far = slice(prefill.staging_start, prefill.staging_start + total)
+        ids = self._req_to_token[span.row, :total].long()
+        areas = (
+            (k, self._k_resident[heads.planes], self.staging.k[heads.compressed_ids]),
+            (v, self._v_resident[heads.planes], self.staging.v[heads.compressed_ids]),
+        )
+        result: list[torch.Tensor] = []
+        for rows, pool, stage in areas:
+            by_head = rows.transpose(0, 1)
+            if len(heads.resident):
+                pool.index_copy_(1, ids[span.prefix_len :], by_head[resident].to(pool.dtype))
+            if len(heads.compressed):
+                stage[:, staged] = by_head[compressed].to(stage.dtype)
+            if span.prefix_len == 0:
+                result.append(by_head)
+                continue
+            full = rows.new_empty(self.tables.num_kv_heads, total, self._head_dim)
+            if len(heads.resident):
+                full[resident] = pool.index_select(1, ids)
+            if len(heads.compressed):
+                full[compressed] = stage[:, so_far]
+            result.append(full)
+        return result[0], result[1]
+
+    def _compress_layer(
+        self,
+        layer: int,
+        row: int,
+        prefill: _Prefill,
+        last_query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Selects and moves the kept rows of one layer; sets the pivots' reference sets."""
+        budget = prefill.budget
+        assert budget is not None
+        heads = self.tables.layers[layer]
+        _, compressed, pivots = self._head_index[layer]
+        everything = np.arange(budget.num_tokens)
+        if budget.keeps_everything:
+            scores = None
+        else:
+            wanted = torch.cat([compressed, pivots]) if self.store is not None else compressed
+            scores = score_positions(
+                last_query[wanted].contiguous(), keys[wanted].contiguous(), scale
+            )
+        for index, head in enumerate(heads.compressed.tolist()):
+            cid = heads.first_compressed + index
+            count = int(budget.tokens[cid])
+            if scores is None:
+                kept = everything
+            else:
+                kept = top_positions(scores[index], count, order="position").numpy()
+                kept = kept.astype(np.int64)
+            self._move_rows(row, cid, kept, keys[head], values[head])
+            prefill.kept[cid] = kept
+        if scores is None or self.store is None:
+            return
+        for index in range(len(heads.pivots)):
+            best = top_positions(
+                scores[len(heads.compressed) + index], budget.reference_size, order="position"
+            )
+            self._set_reference(row, heads.first_pivot + index, best.numpy().astype(np.int64))
+
+    def _move_rows(
+        self, row: int, cid: int, kept: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        where = torch.from_numpy(self.blocks.row_addresses(row, cid, np.arange(len(kept))))
+        positions = torch.from_numpy(kept)
+        dim, dtype = self._head_dim, self.blocks.k.dtype
+        self.blocks.k.view(-1, dim).index_copy_(0, where, k.index_select(0, positions).to(dtype))
+        self.blocks.v.view(-1, dim).index_copy_(0, where, v.index_select(0, positions).to(dtype))
+        self.blocks.positions.view(-1).index_copy_(0, where, positions.to(torch.int32))
+
+    def _set_reference(self, row: int, pivot: int, positions: NDArray[np.int64]) -> None:
+        self._reference[row, pivot] = torch.from_numpy(pack_positions(positions, self._num_words))
+
+    def _finish_prefill(self, row: int, prefill: _Prefill) -> None:
+        """Copies the prompt to memd, gives staging back, opens the row for decode."""
+        budget, start = prefill.budget, prefill.staging_start
+        assert budget is not None
+        assert start is not None
+        if self.store is not None and self._wants_store(budget):
+            extent = slice(start, start + prefill.num_tokens)
+            ids = self._req_to_token_np[row, : prefill.num_tokens].astype(np.int64)
+            if self.store.wait_reserved(row, _RESERVE_WAIT_S) and self.store.store(
+                row, ids, self.staging.k[:, extent], self.staging.v[:, extent]
+            ):
+                assert self._retrieval is not None
+                self._retrieval.begin(row, prefill.num_tokens, prefill.kept)
+                self._is_watched[row] = True
+                self._top_k[row] = budget.reference_size
+            else:
+                self.store_skipped += 1
+                self.store.free_row(row)
+        self.staging.extents.free(start)
+        del self._prefills[row]
+        self._decoding[row] = budget
+
+    def _wants_store(self, budget: HeadBudget) -> bool:
+        return (
+            self.store is not None and self.store.is_available and not budget.keeps_everything
+        )
+
+    # -- decode ------------------------------------------------------------------------
+
+    def begin_decode(
+        self, rows: torch.Tensor, seq_lens: torch.Tensor, token_ids: torch.Tensor
+    ) -> None:
+        """Prepares one step: installs landed rows, checks drift, sends what is missing.
+
+        Args:
+            rows: Rows of the batch, int64 [num_reqs].
+            seq_lens: Tokens of each row, the new one included, int64 [num_reqs].
+            token_ids: Token id of the new token of each row, int64 [num_reqs].
+        """
+        self._batch = DecodeBatch(rows, seq_lens, token_ids)
+        if self.store is None or self._retrieval is None:
+            return
+        self.store.poll()
+        if not self.store.is_available:
+            self._lose_memd()
+            return
+        self._retrieval.install_landed()
+        rows_np = rows.numpy()
+        steps = seq_lens.numpy() - self.blocks.prompt_lens.numpy()[rows_np] - 1
+        is_due = self._is_watched[rows_np] & (steps > 0) & (steps % self.config.drift_interval == 0)
+        if is_due.any():
+            self._check_drift(rows_np[is_due])
+        if self._retrieval.is_idle:
+            return
+        if self.config.retrieval == "sync":
+            if not self._retrieval.run_to_completion(self.config.sync_timeout_s):
+                logger.warning("sync retrieval did not finish; decode goes on with stale rows")
+        else:
+            self._retrieval.issue()
+
+    def decode_layer(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Appends the new token's KV to every head and attends.
+
+        Args:
+            layer: Layer index.
+            q: Queries, [num_reqs, num_q_heads, head_dim].
+            k: Keys, [num_reqs, num_kv_heads, head_dim].
+            v: Values, same shape.
+            scale: Softmax scale.
+
+        Returns:
+            Attention output, like ``q``.
+        """
+        launcher = self._layers[layer]
+        if launcher is None:
+            launcher = self._layers[layer] = self._make_layer(layer, scale)
+        assert self._batch is not None
+        out = torch.empty_like(q)
+        launcher.append(k, v, q if self._watches(layer) else None, self._batch)
+        launcher.attend(q, out, self._batch)
+        return out
+
+    def _watches(self, layer: int) -> bool:
+        return self.store is not None and len(self.tables.layers[layer].pivots) > 0
+
+    def _make_layer(self, layer: int, scale: float) -> DecodeLayer:
+        heads = self.tables.layers[layer]
+        watch = self._watches(layer)
+        return DecodeLayer(
+            LayerTensors(
+                k_resident=self._k_resident,
+                v_resident=self._v_resident,
+                k_blocks=self.blocks.k,
+                v_blocks=self.blocks.v,
+                block_table=self.blocks.table,
+                kept_lens=self.blocks.kept_lens,
+                prompt_lens=self.blocks.prompt_lens,
+                head_map=torch.from_numpy(heads.head_map),
+                scale=scale,
+                group_size=self._group_size,
+                req_to_token=self._req_to_token,
+                block_positions=self.blocks.positions,
+                pivot_queries=self._pivot_queries if watch else None,
+                pivot_map=torch.from_numpy(heads.pivot_map) if watch else None,
+            )
+        )
+
+    def _check_drift(self, rows: NDArray[np.int64]) -> None:
+        """Compares the pivots' newest attention with their references; sets targets."""
+        assert self._retrieval is not None
+        num_pivots, interval = self.tables.num_pivots, self.config.drift_interval
+        if num_pivots == 0:
+            return
+        index = torch.from_numpy(rows)
+        lens = self.blocks.prompt_lens.index_select(0, index)
+        overlap, newest = topk_overlap(
+            self._pivot_queries.index_select(0, index).view(
+                -1, interval, self._group_size, self._head_dim
+            ),
+            k_resident=self._k_resident,
+            planes=self._pivot_plane.repeat(len(rows)),
+            req_to_token=self._req_to_token,
+            rows=index.repeat_interleave(num_pivots),
+            prompt_lens=lens.repeat_interleave(num_pivots),
+            top_k=torch.from_numpy(self._top_k[rows]).repeat_interleave(num_pivots),
+            reference=self._reference.index_select(0, index).view(-1, self._num_words),
+            scale=self._scale,
+        )
+        drifted = np.flatnonzero(drift_verdict(overlap.numpy(), self.config.drift_threshold))
+        self.drift.checks += overlap.shape[0]
+        self.drift.events += len(drifted)
+        for entry in drifted.tolist():
+            row, pivot = int(rows[entry // num_pivots]), entry % num_pivots
+            budget = self._decoding[row]
+            satellites = self.tables.satellites[pivot]
+            wanted = budget.tokens[satellites]
+            count = max(budget.reference_size, int(wanted.max(initial=0)))
+            scores = newest[entry, : budget.num_tokens]
+            best = top_positions(scores, count, order="score").numpy().astype(np.int64)
+            self._set_reference(row, pivot, best[: budget.reference_size])
+            for head, size in zip(satellites.tolist(), wanted.tolist(), strict=True):
+                self._retrieval.set_target(row, head, best[:size])
+
+    def _lose_memd(self) -> None:
+        assert self._retrieval is not None
+        self._retrieval.install_landed()
+        self._retrieval.drop_targets()
+        self._is_watched[:] = False
+        if not self._is_memd_lost:
+            self._is_memd_lost = True
+            logger.warning(
+                "memd is gone: decoding goes on with the rows that are resident, nothing is "
+                "fetched any more; restart the server to get retrieval back"
+            )
+
+    # -- state -------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raises ResidencyError when pools, tables and requests disagree."""
+        self.blocks.check_integrity()
+        self.staging.extents.check_integrity()
+        staged = sum(
+            prefill.num_tokens
+            for prefill in self._prefills.values()
+            if prefill.staging_start is not None
+        )
+        if staged != self.staging.extents.used:
+            raise ResidencyError(
+                f"{self.staging.extents.used} staging slots in use, {staged} by known prompts"
+            )
+        if self.store is not None:
+            self.store.check_integrity()
+        if self._retrieval is not None:
+            self._retrieval.check_integrity()
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for ``/server_info``; the adapter adds what only SGLang knows."""
+        counters = RetrievalCounters() if self._retrieval is None else self._retrieval.counters
+        try:
+            self.check_integrity()
+            integrity = "ok"
+        except HeteroError as error:
+            integrity = str(error)
+        in_flight = 0 if self._retrieval is None else self._retrieval.num_rows_in_flight
+        row_bytes = self.staging.slot_bytes // max(self.tables.num_compressed, 1)
+        return {
+            "ratio": self.config.ratio,
+            "floor": self.tables.floor,
+            "retrieval": self.config.retrieval,
+            "areas": {
+                "staging": {
+                    "capacity_bytes": self.staging.extents.capacity * self.staging.slot_bytes,
+                    "used_bytes": self.staging.extents.used * self.staging.slot_bytes,
+                },
+                "blocks": {
+                    "capacity_bytes": self.blocks.num_blocks * self.blocks.block_bytes,
+                    "used_bytes": self.blocks.num_used * self.blocks.block_bytes,
+                },
+                "landing": {
+                    "capacity_bytes": (
+                        self.config.landing_rows * row_bytes if self.store is not None else 0
+                    ),
+                    "used_bytes": in_flight * row_bytes,
+                },
+            },
+            "drift": {"checks": self.drift.checks, "events": self.drift.events},
+            "fetches": {
+                "issued": counters.issued,
+                "installed": counters.installed,
+                "dropped": counters.dropped,
+            },
+            "rows_installed": counters.installed_rows,
+            "bytes_fetched": counters.fetched_bytes,
+            "store_skipped": self.store_skipped,
+            "requests": {"prefill": len(self._prefills), "decode": len(self._decoding)},
+            "memd": self._memd_state(),
+            "integrity": integrity,
+            "kernels": native_status(),
+        }
+
+    def _memd_state(self) -> dict[str, Any]:
+        if self.store is None:
+            return {"state": "off"}
+        return {
+            "state": "connected" if self.store.is_available else "lost",
+            "pages": self.store.client.num_pages,
+            "pages_used": self.store.num_pages_used,
+            "stored_bytes": self.store.stored_bytes,
+            **self.store.client.stats(),
+        }
+
+    def kept_positions(self, row: int) -> list[NDArray[np.int64]] | None:
+        """Kept prompt positions of a watched row by compressed head id, for tests and study."""
+        return None if self._retrieval is None else self._retrieval.kept_positions(row)
+
+    def _budget_for(self, num_tokens: int) -> HeadBudget:
+        return allocate_budget(
+            self.tables.allocation,
+            num_tokens,
+            ratio=self.config.ratio,
+            num_resident=self.tables.num_planes,
+            num_heads=self.tables.num_heads,
+            min_tokens=self.config.min_tokens,
+        )

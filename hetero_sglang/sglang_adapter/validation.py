@@ -1,0 +1,45 @@
+"""The last word before SGLang starts: refusals, model and profile (launcher process)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from hetero_sglang.config import HeteroConfig
+from hetero_sglang.errors import HeteroError
+from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.sglang_adapter.arguments import fail, read_model_config, resolve_profile
+from hetero_sglang.sglang_adapter.refusals import check_model_config, check_server_args
+
+logger = logging.getLogger(__name__)
+
+
+def validate(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Checks resolved arguments when the policy is on (resolution hook).
+
+    A model that is not a local folder is checked in the scheduler, which loads it.
+    """
+    previous(server_args)
+    plain = getattr(server_args, "_hetero", None)
+    if plain is None:
+        return
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    try:
+        check_server_args(view)
+        model_config = read_model_config(view.model_path)
+        if model_config is not None:
+            check_model_config(model_config)
+            config = HeteroConfig.from_dict(plain)
+            profile = resolve_profile(config, model_config)
+            logger.info(
+                "HeteroCache: profile %s, ratio %.3f, floor %.3f, retrieval %s",
+                profile.origin,
+                config.ratio,
+                build_role_tables(profile).floor,
+                config.retrieval,
+            )
+    except HeteroError as error:
+        fail(error)
