@@ -1,0 +1,86 @@
+"""What the daemon counts, and the plain data that ``Stats`` answers with.
+
+Keys of the answer (all counts since the daemon started, sizes in bytes, times in seconds):
+
+=============  ==================================================================================
+``daemon``     ``pid``, ``version`` (protocol), ``uptime_s``, ``address``, ``transfer``
+``region``     ``bytes``, ``free_bytes``, ``largest_free_bytes``, ``dirty_bytes``
+``clients``    one map each: ``client_id``, ``pid``, ``name``, ``pages``, ``pages_free``,
+               ``pages_reserved``, ``pages_sealed``, ``page_bytes``, ``extent_bytes``,
+               ``landing_rows``
+``counters``   the fields of ``Counters``
+``requests``   answered requests by tag
+``errors``     refused requests by ``ErrorCode``
+``integrity``  ``"ok"``, or what does not hold
+=============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+__all__ = ["Counters", "Metrics"]
+
+
+@dataclasses.dataclass
+class Counters:
+    """Plain counters; only ever grow.
+
+    Attributes:
+        clients_registered: ``Hello`` that got an extent.
+        clients_reclaimed: Registrations that ended without ``Goodbye``: the client died or
+            vanished.
+        peers_refused: Connections to the attach socket that were turned away.
+        replies_dropped: Replies that nobody was there to receive.
+        fetches: Fetches done.
+        rows_fetched: Rows gathered.
+        bytes_fetched: Bytes gathered.
+        gather_ns: Nanoseconds spent in gathers.
+        gather_max_ns: Longest gather.
+        bytes_zeroed: Bytes scrubbed before they could go to another client.
+    """
+
+    clients_registered: int = 0
+    clients_reclaimed: int = 0
+    peers_refused: int = 0
+    replies_dropped: int = 0
+    fetches: int = 0
+    rows_fetched: int = 0
+    bytes_fetched: int = 0
+    gather_ns: int = 0
+    gather_max_ns: int = 0
+    bytes_zeroed: int = 0
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Everything counted by one daemon.
+
+    Attributes:
+        counters: Plain counters.
+        requests: Answered requests by tag.
+        errors: Refused requests by error code.
+    """
+
+    counters: Counters = dataclasses.field(default_factory=Counters)
+    requests: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    errors: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def fetched(self, *, num_rows: int, num_bytes: int, gather_ns: int) -> None:
+        """Count one gather."""
+        counters = self.counters
+        counters.fetches += 1
+        counters.rows_fetched += num_rows
+        counters.bytes_fetched += num_bytes
+        counters.gather_ns += gather_ns
+        counters.gather_max_ns = max(counters.gather_max_ns, gather_ns)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data: ``counters``, ``requests``, ``errors``."""
+        return {
+            "counters": dataclasses.asdict(self.counters),
+            "requests": dict(self.requests),
+            "errors": dict(self.errors),
+        }
