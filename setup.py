@@ -34,7 +34,7 @@ def build_kernels(package_dir: Path) -> None:
     spec.loader.exec_module(module)
     try:
         module.build(package_dir / "_native")
-    except Exception as error:
+    except (module.BuildError, OSError) as error:
         print(
             f"hetero-sglang: the CPU kernels were not compiled ({error}); torch computes instead, "
             "which is slower. Install a C++ compiler (g++ or clang++) and install again.",
