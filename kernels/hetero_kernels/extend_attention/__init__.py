@@ -1,0 +1,56 @@
+"""Causal attention of a chunk of new prompt tokens over everything before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetero_kernels.checks import check_dense_rows, check_dtype, check_float, check_shape
+from hetero_kernels.dispatch import resolve
+from hetero_kernels.extend_attention.cpu import extend_attention_torch
+from hetero_kernels.extend_attention.reference import extend_attention_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hetero_kernels.dispatch import Impl
+
+__all__ = ["extend_attention"]
+
+
+def extend_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, prefix_len: int, scale: float, impl: Impl = "auto"
+) -> Tensor:
+    """Attend with ``n`` new tokens; token ``i`` sees positions ``0 .. prefix_len + i``.
+
+    The cost grows with new x total tokens, not with total x total.
+
+    Args:
+        q: Queries, fp32 / bf16 / fp16 [n, Hq, D], dense over heads.
+        k: Keys by position, like ``q``, [H, prefix_len + n, D], dense rows.
+        v: Values, like ``k``.
+        prefix_len: Tokens before the new ones.
+        scale: Factor on the scores.
+        impl: See ``hetero_kernels.dispatch``.
+
+    Returns:
+        [n, Hq, D], contiguous.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as described.
+    """
+    check_float("q", q)
+    check_shape("q", q, (None, None, None))
+    num_new, num_q_heads, head_dim = q.shape
+    check_dense_rows("q", q, 2)
+    for name, tensor in (("k", k), ("v", v)):
+        check_dtype(name, tensor, q.dtype)
+        check_shape(name, tensor, (None, prefix_len + num_new, head_dim))
+        check_dense_rows(name, tensor)
+    if k.shape[0] != v.shape[0] or k.shape[0] == 0 or num_q_heads % k.shape[0] != 0:
+        raise ValueError(
+            f"the {num_q_heads} query heads must be a multiple of the KV heads, "
+            f"got {k.shape[0]} of k and {v.shape[0]} of v"
+        )
+    if resolve(impl, q.device) == "reference":
+        return extend_attention_reference(q, k, v, prefix_len, scale)
+    return extend_attention_torch(q, k, v, prefix_len, scale)

@@ -1,0 +1,20 @@
+"""Definition of the row movers: one row at a time, bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gather_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """``out[i] = source[index[i]]``."""
+    for i, place in enumerate(index.tolist()):
+        out[i] = source[place]
+
+
+def scatter_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """``out[index[i]] = source[i]``; indices are unique."""
+    for i, place in enumerate(index.tolist()):
+        out[place] = source[i]

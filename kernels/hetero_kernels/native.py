@@ -1,0 +1,251 @@
+"""Loads the compiled CPU kernels and mirrors their C structs.
+
+Owns the choice of library (``csrc/api.h`` is the other side of the contract) and the link to
+torch's OpenMP threads. Knows nothing about what the kernels compute. Nothing here raises when there
+is no library: ``library()`` is then ``None`` and ``native_status()`` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+ABI_VERSION = 1
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# Names in /proc/cpuinfo that stand for an instruction level (a few of each suffice: no processor
+# has them without the rest).
+_LEVEL_FLAGS = {
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v3": {"avx2", "bmi2", "f16c", "fma", "abm"},
+    "x86-64": set[str](),
+    "generic": set[str](),
+}
+
+
+class LayerStruct(ctypes.Structure):
+    """``HkLayer`` of ``csrc/api.h``, where the fields are explained."""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("head_dim", c_int32),
+        ("num_kv_heads", c_int32),
+        ("group_size", c_int32),
+        ("block_tokens", c_int32),
+        ("num_steps", c_int32),
+        ("scale", c_float),
+        ("reserved", c_int32),
+        ("k_resident", c_void_p),
+        ("v_resident", c_void_p),
+        ("resident_plane_stride", c_int64),
+        ("resident_slot_stride", c_int64),
+        ("k_blocks", c_void_p),
+        ("v_blocks", c_void_p),
+        ("block_stride", c_int64),
+        ("block_row_stride", c_int64),
+        ("block_positions", c_void_p),
+        ("block_positions_stride", c_int64),
+        ("block_table", c_void_p),
+        ("block_table_row_stride", c_int64),
+        ("block_table_head_stride", c_int64),
+        ("kept_lens", c_void_p),
+        ("kept_lens_row_stride", c_int64),
+        ("kept_lens_head_stride", c_int64),
+        ("prompt_lens", c_void_p),
+        ("req_to_token", c_void_p),
+        ("req_to_token_stride", c_int64),
+        ("head_map", c_void_p),
+        ("pivot_map", c_void_p),
+        ("pivot_queries", c_void_p),
+        ("pivot_row_stride", c_int64),
+        ("pivot_head_stride", c_int64),
+    )
+
+
+class BatchStruct(ctypes.Structure):
+    """``HkBatch`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("size", c_int64),
+        ("rows", c_void_p),
+        ("seq_lens", c_void_p),
+        ("token_ids", c_void_p),
+        ("num_threads", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class ScoreStruct(ctypes.Structure):
+    """``HkScore`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("head_dim", c_int32),
+        ("num_queries", c_int32),
+        ("group_size", c_int32),
+        ("num_threads", c_int32),
+        ("scale", c_float),
+        ("num_items", c_int64),
+        ("queries", c_void_p),
+        ("keys", c_void_p),
+        ("plane_stride", c_int64),
+        ("slot_stride", c_int64),
+        ("planes", c_void_p),
+        ("slots", c_void_p),
+        ("slots_stride", c_int64),
+        ("rows", c_void_p),
+        ("prompt_lens", c_void_p),
+        ("top_k", c_void_p),
+        ("reference", c_void_p),
+        ("reference_stride", c_int64),
+        ("overlap", c_void_p),
+        ("newest_scores", c_void_p),
+        ("newest_stride", c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels: one callable for each exported function, arguments as in ``api.h``."""
+
+    level: str
+    append_rows: Callable[..., None]
+    decode_attention: Callable[..., None]
+    score: Callable[..., None]
+    top_positions: Callable[..., None]
+    gather_rows: Callable[..., None]
+    scatter_rows: Callable[..., None]
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element; ``None`` (null) for no tensor or an empty one."""
+    if tensor is None or tensor.numel() == 0:
+        return None
+    return tensor.data_ptr()
+
+
+def library() -> Library | None:
+    """The compiled kernels for this processor, loaded once; ``None`` where there are none."""
+    return _load()[0]
+
+
+def native_status() -> str:
+    """Which CPU kernels are active, in one line.
+
+    Returns:
+        ``"native x86-64-v4"`` and the like, with a remark when it has only one thread; or
+        ``"torch (reason)"`` when nothing compiled can be used.
+    """
+    return _load()[1]
+
+
+def _cpu_flags() -> set[str]:
+    """Feature names of the first processor; empty where the system does not tell."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("flags"):
+                    return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()
+
+
+def _parallel_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch has loaded into this process.
+
+    LLVM's and Intel's libraries have it too. Without /proc there is no way to know which copy is
+    torch's; then the kernels use one thread.
+    """
+    # Torch loads its thread pool's library with itself, so this is not a race.
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line}
+    candidates = [path for path in paths if ".so" in path]
+    # Torch's own copy first, should another package have brought a second one.
+    candidates.sort(key=lambda path: ("/torch" not in path, path))
+    for path in candidates:
+        try:
+            entry = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(entry, c_void_p).value
+    return None
+
+
+@functools.cache
+def _load() -> tuple[Library | None, str]:
+    # Not at the top: ``python -m hetero_kernels.build_native`` must be the first to import it.
+    from hetero_kernels import build_native
+
+    flags = _cpu_flags()
+    reasons: list[str] = []
+    for level in build_native.levels():
+        if not _LEVEL_FLAGS[level] <= flags:
+            continue
+        path = build_native.DEFAULT_OUT_DIR / build_native.library_name(level)
+        if not path.exists():
+            continue
+        try:
+            # Short calls keep the interpreter lock: giving it up costs more than they take.
+            short = ctypes.PyDLL(str(path))
+            long = ctypes.CDLL(str(path))
+            if short.hk_abi_version() != ABI_VERSION:
+                reasons.append(f"{path.name} has another interface version")
+                continue
+            short.hk_source_digest.restype = ctypes.c_char_p
+            digest = short.hk_source_digest().decode()
+        except (OSError, AttributeError) as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        if build_native.SOURCE_DIR.is_dir() and digest != build_native.source_digest():
+            reasons.append(f"{path.name} is older than its sources")
+            continue
+        parallel = _parallel_entry()
+        short.hk_set_parallel.argtypes = [c_void_p]
+        short.hk_set_parallel(parallel)
+        remark = "" if parallel is not None else " (one thread: torch's OpenMP was not found)"
+        return _bind(short, long, level), f"native {level}{remark}"
+    if not reasons:
+        reasons.append("no compiled library")
+    hint = "run: python -m hetero_kernels.build_native"
+    return None, f"torch ({'; '.join(reasons)}; {hint})"
+
+
+def _bind(short: Any, long: Any, level: str) -> Library:
+    def bind(function: Any, *types: Any) -> Callable[..., None]:
+        function.argtypes = types
+        function.restype = None
+        return function  # type: ignore[no-any-return]
+
+    address, i32, i64 = c_void_p, c_int32, c_int64
+    return Library(
+        level=level,
+        append_rows=bind(
+            short.hk_append_rows, address, address, address, i64, address, i64, address, i64
+        ),
+        decode_attention=bind(
+            long.hk_decode_attention, address, address, address, i64, address, i64
+        ),
+        score=bind(long.hk_score, address),
+        top_positions=bind(
+            long.hk_top_positions,
+            *(address, i64, i64, i64, address, i32, address, i64, address, i64, i32),
+        ),
+        gather_rows=bind(long.hk_gather_rows, address, i64, address, i64, i64, address, i64, i32),
+        scatter_rows=bind(long.hk_scatter_rows, address, i64, address, i64, i64, address, i64, i32),
+    )

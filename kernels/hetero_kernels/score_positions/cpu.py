@@ -1,0 +1,67 @@
+"""``score_positions`` by the compiled kernel and by torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from hetero_kernels.dispatch import loaded
+from hetero_kernels.native import DTYPE_CODES, ScoreStruct, pointer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def score_positions_native(q: Tensor, k: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+    """Keys read once for the whole group; see ``score_positions_reference``."""
+    num_heads, group_size, head_dim = q.shape
+    length = k.shape[1] if slots is None else slots.shape[0]
+    out = torch.empty(num_heads, length, dtype=torch.float32)
+    lengths = torch.full((num_heads,), length, dtype=torch.int32)
+    q = q.contiguous()
+    struct = ScoreStruct(
+        dtype=DTYPE_CODES[q.dtype],
+        head_dim=head_dim,
+        num_queries=1,
+        group_size=group_size,
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        num_items=num_heads,
+        queries=pointer(q),
+        keys=pointer(k),
+        plane_stride=k.stride(0),
+        slot_stride=k.stride(1),
+        slots=pointer(slots),
+        prompt_lens=pointer(lengths),
+        newest_scores=pointer(out),
+        newest_stride=length,
+    )
+    loaded().score(ctypes.addressof(struct))
+    return out
+
+
+def pooled_scores_torch(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Pooled scores of query groups, batched.
+
+    Args:
+        q: [M, G, D].
+        keys: [M, N, D], or [1, N, D] for all.
+        scale: Factor on the products.
+
+    Returns:
+        fp32 [M, N].
+    """
+    scores = (q.float() @ keys.float().transpose(1, 2)) * scale  # [M, G, N]
+    probabilities = torch.softmax(scores, dim=-1)
+    return avg_pool1d(probabilities, kernel_size=5, stride=1, padding=2).amax(dim=1)
+
+
+def score_positions_torch(q: Tensor, k: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+    """Batched products; see ``score_positions_reference``."""
+    keys = k if slots is None else k[:, slots.long()]
+    if keys.shape[1] == 0 or q.shape[0] == 0:
+        return torch.zeros(q.shape[0], keys.shape[1], device=q.device)
+    return pooled_scores_torch(q, keys, scale)

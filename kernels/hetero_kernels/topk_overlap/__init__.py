@@ -1,0 +1,106 @@
+"""The drift check: how far the best positions of new queries still are those of the reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hetero_kernels.checks import (
+    check_dense_rows,
+    check_dtype,
+    check_float,
+    check_head_dim,
+    check_shape,
+)
+from hetero_kernels.dispatch import resolve
+from hetero_kernels.topk_overlap.cpu import topk_overlap_native, topk_overlap_torch
+from hetero_kernels.topk_overlap.reference import topk_overlap_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hetero_kernels.dispatch import Impl
+
+__all__ = ["topk_overlap"]
+
+
+def topk_overlap(
+    queries: Tensor,
+    *,
+    k_resident: Tensor,
+    planes: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    prompt_lens: Tensor,
+    top_k: Tensor,
+    reference: Tensor,
+    scale: float,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Overlap of each query group's best prompt positions with a reference set.
+
+    For each item (a pivot of a request) and each of its S query groups: pooled scores over the
+    prompt (``score_positions``), the ``top_k`` best of them (ties: lower position), and the share
+    of these that the reference holds.
+
+    Args:
+        queries: Oldest first, fp32 / bf16 / fp16 [Q, S, G, D].
+        k_resident: Keys by plane and token slot, like ``queries``, [num_planes, num_slots, D].
+        planes: Plane of each item, int32 [Q].
+        req_to_token: Token slot by request row and position, int32 [R, max_context].
+        rows: Request row of each item, int64 [Q].
+        prompt_lens: Prompt tokens N of each item, int32 [Q].
+        top_k: Size K of each item's sets, int32 [Q], at most N.
+        reference: Bit sets, int32 [Q, num_words]: bit ``p % 32`` of word ``p // 32``;
+            ``num_words >= ceil(N / 32)``.
+        scale: Factor on the products.
+        impl: See ``hetero_kernels.dispatch``.
+
+    Returns:
+        Overlap in [0, 1], fp32 [Q, S], and the pooled scores of query group S - 1, fp32
+        [Q, max(prompt_lens)], 0 beyond an item's prompt.
+
+    Raises:
+        ValueError: A shape, dtype or stride is not as described.
+    """
+    check_float("queries", queries)
+    check_shape("queries", queries, (None, None, None, None))
+    num_items, num_queries, _, head_dim = queries.shape
+    if num_queries == 0:
+        raise ValueError("queries must hold at least one group an item, got 0")
+    check_head_dim(head_dim)
+    check_dtype("k_resident", k_resident, queries.dtype)
+    check_shape("k_resident", k_resident, (None, None, head_dim))
+    check_dense_rows("k_resident", k_resident)
+    check_dtype("rows", rows, torch.int64)
+    check_dtype("req_to_token", req_to_token, torch.int32)
+    check_shape("req_to_token", req_to_token, (None, None))
+    check_dense_rows("req_to_token", req_to_token)
+    check_dtype("reference", reference, torch.int32)
+    check_shape("reference", reference, (num_items, None))
+    check_dense_rows("reference", reference)
+    for name, tensor in (("planes", planes), ("prompt_lens", prompt_lens), ("top_k", top_k)):
+        check_dtype(name, tensor, torch.int32)
+    for name, tensor in (
+        ("planes", planes),
+        ("rows", rows),
+        ("prompt_lens", prompt_lens),
+        ("top_k", top_k),
+    ):
+        check_shape(name, tensor, (num_items,))
+        check_dense_rows(name, tensor)
+    longest = int(prompt_lens.max()) if num_items else 0
+    if longest > min(32 * reference.shape[1], req_to_token.shape[1]):
+        raise ValueError(
+            f"prompt_lens must fit reference ({32 * reference.shape[1]} bits) and req_to_token "
+            f"({req_to_token.shape[1]} positions), got {longest}"
+        )
+    run = {
+        "native": topk_overlap_native,
+        "torch": topk_overlap_torch,
+        "reference": topk_overlap_reference,
+    }[resolve(impl, queries.device)]
+    return run(
+        queries, k_resident, planes, req_to_token, rows, prompt_lens, top_k, reference, scale
+    )

@@ -1,0 +1,91 @@
+"""``topk_overlap`` by the compiled kernel and by torch."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+
+from hetero_kernels.dispatch import loaded
+from hetero_kernels.native import DTYPE_CODES, ScoreStruct, pointer
+from hetero_kernels.score_positions.cpu import pooled_scores_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def topk_overlap_native(
+    queries: Tensor,
+    k_resident: Tensor,
+    planes: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    prompt_lens: Tensor,
+    top_k: Tensor,
+    reference: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Each item's keys read once for all its queries; see ``topk_overlap_reference``."""
+    num_items, num_queries, group_size, head_dim = queries.shape
+    width = int(prompt_lens.max()) if num_items else 0
+    overlap = torch.empty(num_items, num_queries, dtype=torch.float32)
+    newest_scores = torch.empty(num_items, width, dtype=torch.float32)
+    queries = queries.contiguous()
+    struct = ScoreStruct(
+        dtype=DTYPE_CODES[queries.dtype],
+        head_dim=head_dim,
+        num_queries=num_queries,
+        group_size=group_size,
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        num_items=num_items,
+        queries=pointer(queries),
+        keys=pointer(k_resident),
+        plane_stride=k_resident.stride(0),
+        slot_stride=k_resident.stride(1),
+        planes=pointer(planes),
+        slots=pointer(req_to_token),
+        slots_stride=req_to_token.stride(0),
+        rows=pointer(rows),
+        prompt_lens=pointer(prompt_lens),
+        top_k=pointer(top_k),
+        reference=pointer(reference),
+        reference_stride=reference.stride(0),
+        overlap=pointer(overlap),
+        newest_scores=pointer(newest_scores),
+        newest_stride=width,
+    )
+    loaded().score(ctypes.addressof(struct))
+    return overlap, newest_scores
+
+
+def topk_overlap_torch(
+    queries: Tensor,
+    k_resident: Tensor,
+    planes: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    prompt_lens: Tensor,
+    top_k: Tensor,
+    reference: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Batched over the queries of an item; see ``topk_overlap_reference``."""
+    num_items, num_queries = queries.shape[:2]
+    device = queries.device
+    width = int(prompt_lens.max()) if num_items else 0
+    overlap = torch.zeros(num_items, num_queries, device=device)
+    newest_scores = torch.zeros(num_items, width, device=device)
+    shifts = torch.arange(32, device=device)
+    for i in range(num_items):
+        length, count = int(prompt_lens[i]), int(top_k[i])
+        if length == 0:
+            continue
+        keys = k_resident[int(planes[i]), req_to_token[int(rows[i]), :length].long()]
+        scores = pooled_scores_torch(queries[i], keys[None], scale)  # [S, N]
+        best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
+        members = (reference[i][:, None] >> shifts & 1).view(-1)
+        overlap[i] = members[best].sum(dim=1) / max(1, count)
+        newest_scores[i, :length] = scores[-1]
+    return overlap, newest_scores

@@ -1,0 +1,46 @@
+"""Definition of ``topk_overlap``: one query group at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hetero_kernels.score_positions.reference import pooled_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def topk_overlap_reference(
+    queries: Tensor,
+    k_resident: Tensor,
+    planes: Tensor,
+    req_to_token: Tensor,
+    rows: Tensor,
+    prompt_lens: Tensor,
+    top_k: Tensor,
+    reference: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Share of the reference positions that are among each query group's best; see the package.
+
+    The best are the ``top_k`` highest pooled scores, of equal ones the lower position. The share's
+    divisor is ``top_k`` also when the prompt is shorter; ``top_k = 0`` gives 0.
+    """
+    num_items, num_queries = queries.shape[:2]
+    width = int(prompt_lens.max()) if num_items else 0
+    overlap = torch.zeros(num_items, num_queries)
+    newest_scores = torch.zeros(num_items, width)
+    for i in range(num_items):
+        length, count = int(prompt_lens[i]), int(top_k[i])
+        slots = req_to_token[int(rows[i]), :length].long()
+        keys = k_resident[int(planes[i]), slots]
+        words = reference[i].tolist()
+        for s in range(num_queries):
+            scores = pooled_scores(queries[i, s], keys, scale)
+            best = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
+            common = sum((words[p // 32] >> (p % 32)) & 1 for p in best)
+            overlap[i, s] = common / count if count else 0.0
+            newest_scores[i, :length] = scores
+    return overlap, newest_scores
