@@ -22,6 +22,7 @@ from hetero_kernels import (
     extend_attention,
     native_status,
     score_positions,
+    top_bits,
     top_positions,
     topk_overlap,
 )
@@ -29,7 +30,7 @@ from hetero_kernels import (
 from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
 from hetero_sglang.errors import HeteroError, ResidencyError
 from hetero_sglang.policy.budget import HeadBudget, allocate_budget
-from hetero_sglang.policy.drift import drift_verdict, pack_positions
+from hetero_sglang.policy.drift import drift_verdict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -375,31 +376,32 @@ class HeteroRuntime:
         assert budget is not None
         heads = self.tables.layers[layer]
         _, compressed, pivots = self._head_index[layer]
-        everything = np.arange(budget.num_tokens)
+        num_compressed = len(heads.compressed)
         if budget.keeps_everything:
-            scores = None
-        else:
-            wanted = torch.cat([compressed, pivots]) if self.store is not None else compressed
-            scores = score_positions(
-                last_query[wanted].contiguous(), keys[wanted].contiguous(), scale
-            )
+            everything = np.arange(budget.num_tokens)
+            for index, head in enumerate(heads.compressed.tolist()):
+                cid = heads.first_compressed + index
+                self._move_rows(row, cid, everything, keys[head], values[head])
+            return
+        wanted = torch.cat([compressed, pivots]) if self.store is not None else compressed
+        if not len(wanted):
+            return
+        scores = score_positions(last_query[wanted].contiguous(), keys[wanted].contiguous(), scale)
+        counts = budget.tokens[heads.compressed_ids]
+        if num_compressed:
+            chosen = top_positions(
+                scores[:num_compressed], torch.from_numpy(counts.astype(np.int32))
+            ).numpy()
         for index, head in enumerate(heads.compressed.tolist()):
             cid = heads.first_compressed + index
-            count = int(budget.tokens[cid])
-            if scores is None:
-                kept = everything
-            else:
-                kept = top_positions(scores[index], count, order="position").numpy()
-                kept = kept.astype(np.int64)
+            kept = chosen[index, : int(counts[index])].astype(np.int64)
             self._move_rows(row, cid, kept, keys[head], values[head])
             prefill.kept[cid] = kept
-        if scores is None or self.store is None:
-            return
-        for index in range(len(heads.pivots)):
-            best = top_positions(
-                scores[len(heads.compressed) + index], budget.reference_size, order="position"
+        if self.store is not None and len(heads.pivots):
+            first = heads.first_pivot
+            self._reference[row, first : first + len(heads.pivots)] = top_bits(
+                scores[num_compressed:], budget.reference_size, self._num_words
             )
-            self._set_reference(row, heads.first_pivot + index, best.numpy().astype(np.int64))
 
     def _move_rows(
         self, row: int, cid: int, kept: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor
@@ -410,9 +412,6 @@ class HeteroRuntime:
         self.blocks.k.view(-1, dim).index_copy_(0, where, k.index_select(0, positions).to(dtype))
         self.blocks.v.view(-1, dim).index_copy_(0, where, v.index_select(0, positions).to(dtype))
         self.blocks.positions.view(-1).index_copy_(0, where, positions.to(torch.int32))
-
-    def _set_reference(self, row: int, pivot: int, positions: NDArray[np.int64]) -> None:
-        self._reference[row, pivot] = torch.from_numpy(pack_positions(positions, self._num_words))
 
     def _finish_prefill(self, row: int, prefill: _Prefill) -> None:
         """Copies the prompt to memd, gives staging back, opens the row for decode."""
@@ -554,8 +553,8 @@ class HeteroRuntime:
             wanted = budget.tokens[satellites]
             count = max(budget.reference_size, int(wanted.max(initial=0)))
             scores = newest[entry, : budget.num_tokens]
-            best = top_positions(scores, count, order="score").numpy().astype(np.int64)
-            self._set_reference(row, pivot, best[: budget.reference_size])
+            best = top_positions(scores, count, order="best").numpy().astype(np.int64)
+            self._reference[row, pivot] = top_bits(scores, budget.reference_size, self._num_words)
             for head, size in zip(satellites.tolist(), wanted.tolist(), strict=True):
                 self._retrieval.set_target(row, head, best[:size])
 

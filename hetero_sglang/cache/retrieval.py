@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from hetero_kernels import install_rows
 
 from hetero_sglang.errors import ResidencyError
 from hetero_sglang.policy.plan import plan_delta
@@ -245,11 +246,14 @@ class Retrieval:
         where = torch.from_numpy(
             self._blocks.row_addresses(exchange.row, exchange.head, exchange.slots)
         )
-        head_dim = self._blocks.k.shape[2]
-        self._blocks.k.view(-1, head_dim).index_copy_(0, where, rows[:, 0])
-        self._blocks.v.view(-1, head_dim).index_copy_(0, where, rows[:, 1])
-        positions = torch.from_numpy(exchange.positions).to(torch.int32)
-        self._blocks.positions.view(-1).index_copy_(0, where, positions)
+        install_rows(
+            rows.flatten(1),
+            where,
+            k_blocks=self._blocks.k,
+            v_blocks=self._blocks.v,
+            block_positions=self._blocks.positions,
+            positions=torch.from_numpy(exchange.positions.astype(np.int32)),
+        )
         kept.positions[exchange.head][exchange.slots] = exchange.positions
         self.counters.fetched_bytes += rows.numel() * rows.element_size()
         self.counters.installed_rows += len(rows)

@@ -35,17 +35,3 @@ def is_check_due(num_steps: int, interval: int) -> bool:
     """Whether ``num_steps`` finished decode steps end a drift interval."""
     return num_steps > 0 and num_steps % interval == 0
 
-
-def pack_positions(positions: NDArray[np.int64], num_words: int) -> NDArray[np.int32]:
-    """Position set as a bit set.
-
-    Args:
-        positions: Positions, int64 [n], each under ``32 * num_words``.
-        num_words: Words of the result.
-
-    Returns:
-        int32 [num_words]; bit ``p % 32`` of word ``p // 32`` is set for each position p.
-    """
-    bits = np.zeros(num_words * 32, dtype=np.uint8)
-    bits[positions] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -1,0 +1,61 @@
+"""Laws of the fetch plan: smallest exchange, best first, resumable."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetero_sglang.policy.drift import drift_verdict, is_check_due
+from hetero_sglang.policy.plan import plan_delta
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    num_tokens = draw(st.integers(1, 200))
+    size = draw(st.integers(0, num_tokens))
+    order = draw(st.permutations(range(num_tokens)))
+    other = draw(st.permutations(range(num_tokens)))
+    return np.array(order[:size], dtype=int), np.array(other[:size], dtype=int), num_tokens
+
+
+@given(exchanges())
+def test_installing_the_plan_gives_the_target_and_moves_nothing_else(
+    case: tuple[np.ndarray, np.ndarray, int],
+) -> None:
+    target, kept, num_tokens = case
+    plan = plan_delta(target, kept, num_tokens)
+    assert len(plan.positions) == len(plan.slots) == len(set(target) - set(kept))
+    after = kept.copy()
+    after[plan.slots] = plan.positions
+    assert set(after) == set(target)
+    assert np.sum(after != kept) == len(plan.slots)
+
+
+@given(exchanges(), st.integers(1, 50))
+def test_a_cut_plan_takes_the_best_first_and_ends_at_the_target(
+    case: tuple[np.ndarray, np.ndarray, int], limit: int
+) -> None:
+    target, kept, num_tokens = case
+    missing = [p for p in target if p not in set(kept)]
+    fetched: list[int] = []
+    while True:
+        plan = plan_delta(target, kept, num_tokens, limit)
+        if not len(plan.positions):
+            break
+        assert len(plan.positions) <= limit
+        kept = kept.copy()
+        kept[plan.slots] = plan.positions
+        assert len(set(kept)) == len(kept)
+        fetched += plan.positions.tolist()
+    assert fetched == missing
+    assert set(kept) == set(target)
+
+
+def test_drift_is_the_median_below_the_threshold() -> None:
+    overlap = np.array([[0.9, 0.4, 0.5], [0.9, 0.4, 0.4], [0.5, 0.5, 0.5]], dtype=np.float32)
+    assert drift_verdict(overlap, 0.5).tolist() == [False, True, False]
+
+
+def test_checks_end_each_interval_and_never_precede_the_first_step() -> None:
+    assert [t for t in range(12) if is_check_due(t, 5)] == [5, 10]
