@@ -1,0 +1,379 @@
+"""Generation on a Transformers model with the method simulated by masks.
+
+The model's own layers run unchanged; only the attention function is replaced. Keys and values of
+every position stay in place for ever and each KV head carries the set of prompt positions that it
+may still see. Works for models whose attention goes through Transformers' attention interface and
+whose layers are all causal full attention (Llama, Qwen2, Qwen3, Mistral without a window).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from tests.simulation.method import (
+    PIVOT,
+    Budget,
+    Method,
+    Profile,
+    best_first,
+    boundary_margin,
+    head_budgets,
+    median,
+    overlap,
+    pooled_scores,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "heterocache_simulation"
+
+Head = tuple[int, int]
+"""(layer, KV head)."""
+Event = tuple[int, int, int]
+"""(step, layer, KV head); step 0 is the prefill."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The prompt positions that one compressed head sees from a step on."""
+
+    step: int
+    layer: int
+    head: int
+    positions: Tensor = field(repr=False)
+    """int64 [budget], ascending."""
+    margin: float
+    """Relative score gap at the boundary of the set; about 1e-6 is beyond fp32's certainty."""
+
+
+@dataclass(frozen=True)
+class DriftCheck:
+    """One look at whether a pivot still attends where its reference set says."""
+
+    step: int
+    layer: int
+    pivot: int
+    overlaps: tuple[float, ...]
+    has_drifted: bool
+    distance: float
+    """How far the median overlap is from the threshold, in positions of the reference set."""
+    reference: Tensor = field(repr=False)
+    """The set in force after the check, int64 [K], best first."""
+
+
+@dataclass
+class Trace:
+    """All that a simulated request did."""
+
+    num_prompt: int
+    budget: Budget
+    tokens: list[int] = field(default_factory=list)
+    """The simulation's own choice at every step, whatever the context was forced to."""
+    gaps: list[float] = field(default_factory=list)
+    """Logit of the choice minus that of the runner-up."""
+    deficits: list[float] = field(default_factory=list)
+    """Logit of the choice minus that of the forced token (0 where they agree)."""
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of the forced token, of the choice where nothing is forced."""
+    selections: list[Selection] = field(default_factory=list)
+    checks: list[DriftCheck] = field(default_factory=list)
+
+    @property
+    def num_drifts(self) -> int:
+        """Checks that ended in a refresh of the pivot's satellites."""
+        return sum(check.has_drifted for check in self.checks)
+
+    def selection(self, layer: int, head: int, *, step: int) -> Selection:
+        """The set of a head that is in force when ``step`` ends (0: after the prefill)."""
+        matching = [s for s in self.selections if (s.layer, s.head) == (layer, head)]
+        return max((s for s in matching if s.step <= step), key=lambda s: s.step)
+
+
+@dataclass
+class _Layer:
+    """Keys, values and masks of one layer; capacity is prompt + generated tokens."""
+
+    keys: Tensor  # [H, capacity, D]
+    values: Tensor  # [H, capacity, D]
+    is_visible: Tensor  # bool [H, capacity]
+
+    @classmethod
+    def empty_like(cls, rows: Tensor, capacity: int) -> _Layer:
+        """A layer with room for ``capacity`` rows like ``rows`` [H, n, D], all visible."""
+        shape = (rows.shape[0], capacity, rows.shape[2])
+        visible = torch.ones(shape[:2], dtype=torch.bool)
+        return cls(rows.new_empty(shape), rows.new_empty(shape), visible)
+
+
+class _Attention:
+    """State of one request, handed to the attention function through the model's kwargs."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.layers: list[_Layer | None] = [None] * num_layers
+        self.length = 0
+        self.queries: list[Tensor | None] = [None] * num_layers  # newest chunk, [H, n, G, D]
+        self.scale = 0.0
+
+    def layer(self, index: int) -> _Layer:
+        """Layer ``index``, which has seen its first rows."""
+        layer = self.layers[index]
+        assert layer is not None
+        return layer
+
+    def copy(self, capacity: int) -> _Attention:
+        """The same state in memory of its own, with room for ``capacity`` rows."""
+        other = _Attention(len(self.layers), capacity)
+        other.length, other.queries, other.scale = self.length, list(self.queries), self.scale
+        for index in range(len(self.layers)):
+            mine = self.layer(index)
+            other.layers[index] = new = _Layer.empty_like(mine.keys, capacity)
+            new.keys[:, : self.length] = mine.keys[:, : self.length]
+            new.values[:, : self.length] = mine.values[:, : self.length]
+        return other
+
+    def forward(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Append the rows of one chunk and attend; all [heads, n, D], the result too."""
+        num_heads, num_new, head_dim = key.shape
+        group = query.shape[0] // num_heads
+        self.scale = scale
+        layer = self.layers[index]
+        if layer is None:
+            layer = self.layers[index] = _Layer.empty_like(key, self.capacity)
+        start, end = self.length, self.length + num_new
+        layer.keys[:, start:end] = key
+        layer.values[:, start:end] = value
+        queries = query.view(num_heads, group, num_new, head_dim).transpose(1, 2)
+        # Of a prompt only the last query is ever looked at.
+        self.queries[index] = queries if start else queries[:, -1:].clone()
+        if start == 0:
+            return F.scaled_dot_product_attention(
+                query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
+            )[0]
+        rows = query.reshape(num_heads, group * num_new, head_dim)
+        scores = torch.bmm(rows, layer.keys[:, :end].transpose(1, 2)) * scale
+        scores = scores.view(num_heads, group, num_new, end)
+        is_past = torch.ones(num_new, end, dtype=torch.bool).tril(start)
+        allowed = layer.is_visible[:, None, :end] & is_past  # [H, n, end]
+        scores = scores.masked_fill(~allowed[:, None], -math.inf)
+        weights = torch.softmax(scores, dim=-1).view(num_heads, group * num_new, end)
+        return torch.bmm(weights, layer.values[:, :end]).view(-1, num_new, head_dim)
+
+
+def _attention_function(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    simulation: _Attention,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: [1, heads, n, D] in, [1, n, heads, D] out."""
+    assert attention_mask is None
+    if kwargs.get("sliding_window"):
+        raise ValueError("the simulation knows no sliding window")
+    out = simulation.forward(module.layer_idx, query[0], key[0], value[0], scaling)
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_function)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt after full attention: the same whatever the method's settings are."""
+
+    num_prompt: int
+    logits: Tensor = field(repr=False)
+    """Logits after the last prompt token, fp32 [1, vocab]."""
+    state: _Attention = field(repr=False)
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, prompt: Sequence[int]) -> Prefill:
+    """Run a prompt through the model once; any number of simulations may start from it."""
+    state = _Attention(model.config.num_hidden_layers, len(prompt))
+    return Prefill(len(prompt), _forward(model, state, prompt), state)
+
+
+def _forward(model: PreTrainedModel, state: _Attention, tokens: Sequence[int]) -> Tensor:
+    """Logits after each of ``tokens`` ([n, vocab]; of a prompt the last one only)."""
+    start = state.length
+    restore = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        output = model(
+            input_ids=torch.tensor([list(tokens)]),
+            position_ids=torch.arange(start, start + len(tokens))[None],
+            use_cache=False,
+            logits_to_keep=1 if start == 0 else 0,
+            simulation=state,
+        )
+    finally:
+        model.set_attn_implementation(restore)
+    state.length += len(tokens)
+    return output.logits[0].float()
+
+
+class Simulation:
+    """Simulates requests on one model, one profile and one set of settings.
+
+    Args:
+        model: A causal LM of Transformers in evaluation mode, fp32.
+        profile: The head profile.
+        method: The settings.
+        swapped: Selections whose last position is replaced by the runner-up, to see what a
+            near-tie decided the other way would change.
+        inverted: Drift checks whose verdict is inverted, for the same purpose.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: Profile,
+        method: Method,
+        *,
+        swapped: Collection[Event] = (),
+        inverted: Collection[Event] = (),
+    ) -> None:
+        self._model = model
+        self._profile = profile
+        self._method = method
+        self._swapped = frozenset(swapped)
+        self._inverted = frozenset(inverted)
+
+    def variant(
+        self, *, swapped: Collection[Event] = (), inverted: Collection[Event] = ()
+    ) -> Simulation:
+        """The same simulation with some near-ties decided the other way."""
+        return Simulation(
+            self._model, self._profile, self._method, swapped=swapped, inverted=inverted
+        )
+
+    def generate(self, prompt: Prefill, num_tokens: int) -> Trace:
+        """Greedy generation of exactly ``num_tokens`` tokens, end-of-text ignored."""
+        return self._run(prompt, num_tokens, None)
+
+    def follow(self, prompt: Prefill, tokens: Sequence[int]) -> Trace:
+        """Greedy choices when the context is forced to be ``tokens``.
+
+        If every choice equals the forced token, ``generate`` would have made the same tokens.
+        """
+        return self._run(prompt, len(tokens), list(tokens))
+
+    @torch.inference_mode()
+    def _run(self, prompt: Prefill, num_tokens: int, forced: list[int] | None) -> Trace:
+        num_prompt, interval = prompt.num_prompt, self._method.drift_interval
+        trace = Trace(num_prompt, head_budgets(self._profile, self._method, num_prompt))
+        state = prompt.state.copy(num_prompt + num_tokens)
+        self._choose(trace, prompt.logits, forced)
+        references = self._select(trace, state)
+        recent: dict[Head, list[Tensor]] = {head: [] for head in references}
+        step = 0
+        while step < num_tokens - 1:
+            # Nothing changes between two checks, so forced tokens go in one pass.
+            until = min(num_tokens - 1, (step // interval + 1) * interval)
+            stop = until if forced is not None else step + 1
+            chunk = (forced or trace.tokens)[step:stop]
+            self._choose(trace, _forward(self._model, state, chunk), forced)
+            step = stop
+            for (layer, head), queries in recent.items():
+                newest = state.queries[layer]
+                assert newest is not None
+                queries.extend(newest[head])
+            if step % interval == 0:
+                self._check_drift(trace, state, references, recent, step)
+                for queries in recent.values():
+                    queries.clear()
+        return trace
+
+    @staticmethod
+    def _choose(trace: Trace, logits: Tensor, forced: list[int] | None) -> None:
+        for row in logits:
+            best = row.topk(2)
+            token = int(best.indices[0])
+            wanted = token if forced is None else forced[len(trace.tokens)]
+            trace.deficits.append((best.values[0] - row[wanted]).item())
+            trace.gaps.append((best.values[0] - best.values[1]).item())
+            trace.logprobs.append((row[wanted] - row.logsumexp(0)).item())
+            trace.tokens.append(token)
+
+    def _select(self, trace: Trace, state: _Attention) -> dict[Head, Tensor]:
+        """First selection of every compressed head; returns the pivots' reference sets."""
+        references: dict[Head, Tensor] = {}
+        if trace.budget.keeps_all:
+            return references
+        for layer, head in self._profile.heads(PIVOT):
+            order = best_first(self._scores(state, layer, head, -1, trace.num_prompt))
+            references[layer, head] = order[: max(1, trace.budget.base)]
+        for layer, head in trace.budget.tokens:
+            scores = self._scores(state, layer, head, -1, trace.num_prompt)
+            self._keep(trace, state, 0, layer, head, scores)
+        return references
+
+    def _scores(self, state: _Attention, layer: int, head: int, row: int, num: int) -> Tensor:
+        queries = state.queries[layer]
+        assert queries is not None
+        return pooled_scores(queries[head, row], state.layer(layer).keys[head, :num], state.scale)
+
+    def _keep(
+        self, trace: Trace, state: _Attention, step: int, layer: int, head: int, scores: Tensor
+    ) -> None:
+        """Let a head see its best positions by ``scores`` and no other prompt position."""
+        budget = trace.budget.tokens[layer, head]
+        order = best_first(scores)
+        chosen = order[:budget].clone()
+        if (step, layer, head) in self._swapped:
+            chosen[-1] = order[budget]
+        is_visible = state.layer(layer).is_visible[head]
+        is_visible[: trace.num_prompt] = False
+        is_visible[chosen] = True
+        margin = boundary_margin(scores, order, budget)
+        trace.selections.append(Selection(step, layer, head, chosen.sort().values, margin))
+
+    def _check_drift(
+        self,
+        trace: Trace,
+        state: _Attention,
+        references: dict[Head, Tensor],
+        recent: dict[Head, list[Tensor]],
+        step: int,
+    ) -> None:
+        threshold = self._method.drift_threshold
+        for (layer, head), reference in references.items():
+            keys = state.layer(layer).keys[head, : trace.num_prompt]
+            scores = pooled_scores(torch.stack(recent[layer, head]), keys, state.scale)  # [S, N]
+            orders = best_first(scores)[:, : len(reference)]
+            overlaps = tuple(overlap(reference, order) for order in orders)
+            middle = median(list(overlaps))
+            has_drifted = (middle < threshold) != ((step, layer, head) in self._inverted)
+            if has_drifted:
+                references[layer, head] = orders[-1]
+                if self._method.is_retrieving:
+                    for satellite in self._profile.satellites_of.get((layer, head), ()):
+                        self._keep(trace, state, step, layer, satellite, scores[-1])
+            trace.checks.append(
+                DriftCheck(
+                    step,
+                    layer,
+                    head,
+                    overlaps,
+                    has_drifted,
+                    abs(middle - threshold) * len(reference),
+                    references[layer, head],
+                )
+            )
