@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from hetero_kernels import (
     DecodeBatch,
     DecodeLayer,
@@ -26,7 +27,6 @@ from hetero_kernels import (
     top_positions,
     topk_overlap,
 )
-
 from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
 from hetero_sglang.errors import HeteroError, ResidencyError
 from hetero_sglang.policy.budget import HeadBudget, allocate_budget
@@ -436,9 +436,7 @@ class HeteroRuntime:
         self._decoding[row] = budget
 
     def _wants_store(self, budget: HeadBudget) -> bool:
-        return (
-            self.store is not None and self.store.is_available and not budget.keeps_everything
-        )
+        return self.store is not None and self.store.is_available and not budget.keeps_everything
 
     # -- decode ------------------------------------------------------------------------
 

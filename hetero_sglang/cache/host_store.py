@@ -178,9 +178,7 @@ class HostStore:
         self.stored_bytes += len(token_ids) * self._num_heads * self.row_bytes
         return True
 
-    def row_indices(
-        self, row: int, head: int, positions: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def row_indices(self, row: int, head: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """memd's flat row indices of prompt positions of one head.
 
         Args:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from hetero_kernels import install_rows
 
+from hetero_kernels import install_rows
 from hetero_sglang.errors import ResidencyError
 from hetero_sglang.policy.plan import plan_delta
 

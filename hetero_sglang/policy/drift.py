@@ -34,4 +34,3 @@ def drift_verdict(overlap: NDArray[np.float32], threshold: float) -> NDArray[np.
 def is_check_due(num_steps: int, interval: int) -> bool:
     """Whether ``num_steps`` finished decode steps end a drift interval."""
     return num_steps > 0 and num_steps % interval == 0
-

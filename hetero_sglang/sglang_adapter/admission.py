@@ -8,13 +8,14 @@ what it will generate. Only integers known to every rank are used.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from hetero_sglang.runtime import HeteroRuntime
+if TYPE_CHECKING:
+    from hetero_sglang.runtime import HeteroRuntime
 
 EXPECTED_GENERATION_SHARE = 0.3
 """Share of ``max_new_tokens`` that a new request without ``ignore_eos`` is expected to use.

@@ -150,7 +150,9 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
         given = getattr(server_args, field)
         if given not in (None, ATTENTION_BACKEND):
             flag = "--" + field.replace("_", "-")
-            fail(f"{flag} {given} contradicts --kv-policy heterocache, which brings its own; drop it")
+            fail(
+                f"{flag} {given} contradicts --kv-policy heterocache, which brings its own; drop it"
+            )
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
 
     add_attention_backend_choices([ATTENTION_BACKEND])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hetero_sglang.cache.blocks import BlockPool
@@ -18,6 +17,9 @@ from hetero_sglang.sglang_adapter.admission import HeteroAllocator
 from hetero_sglang.sglang_adapter.hooks import verify_hooks
 from hetero_sglang.sglang_adapter.memory_daemon import connect_memory_daemon
 from hetero_sglang.sglang_adapter.pool import HeteroKVPool
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from hetero_sglang.errors import ConfigError
 from hetero_sglang.sglang_adapter.arguments import ATTENTION_BACKEND
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _KVC = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from hetero_sglang.cache.sizing import PoolShape
 from hetero_sglang.errors import ConfigError
-from hetero_sglang.sglang_adapter.setup import Setup
 from memd.client import MemdClient, spawn_memd
 from memd.errors import MemdError
 from memd.protocol import KVLayout
+
+if TYPE_CHECKING:
+    from hetero_sglang.cache.sizing import PoolShape
+    from hetero_sglang.sglang_adapter.setup import Setup
 
 logger = logging.getLogger(__name__)
 

@@ -6,14 +6,16 @@ head-major, [num_planes, num_slots, head_dim], so that one head of a request str
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from hetero_sglang.cache.sizing import PoolShape
 from hetero_sglang.errors import ResidencyError
-from hetero_sglang.sglang_adapter.setup import Setup
+
+if TYPE_CHECKING:
+    from hetero_sglang.cache.sizing import PoolShape
+    from hetero_sglang.sglang_adapter.setup import Setup
 
 
 class HeteroKVPool(MHATokenToKVPool):

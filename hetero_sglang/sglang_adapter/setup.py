@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hetero_sglang.cache.sizing import SizingRule
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import RoleTables, build_role_tables
-from hetero_sglang.profile import HeadProfile
 from hetero_sglang.sglang_adapter.arguments import resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from hetero_sglang.profile import HeadProfile
 
 
 @dataclass(frozen=True)

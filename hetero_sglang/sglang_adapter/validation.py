@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.errors import HeteroError
 from hetero_sglang.policy.roles import build_role_tables
 from hetero_sglang.sglang_adapter.arguments import fail, read_model_config, resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config, check_server_args
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ def test_a_ratio_at_the_floor_is_refused_with_the_floor() -> None:
 
 
 def test_a_ratio_that_leaves_no_token_names_the_least_ratio_that_does() -> None:
-    with pytest.raises(BudgetError, match="use at least 0.5005") as error:
+    with pytest.raises(BudgetError, match=r"use at least 0\.5005") as error:
         check_ratio(0.5001, 2, 4, 1024)
     least = float(str(error.value).split("at least ")[1].split()[0])
     check_ratio(least + 1e-4, 2, 4, 1024)
