@@ -116,11 +116,16 @@ class ScoreStruct(ctypes.Structure):
     )
 
 
+class NativeError(RuntimeError):
+    """A compiled library cannot be used; the message says why."""
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded kernels: one callable for each exported function, arguments as in ``api.h``."""
 
     level: str
+    has_threads: bool
     append_rows: Callable[..., None]
     decode_attention: Callable[..., None]
     score: Callable[..., None]
@@ -187,46 +192,69 @@ def _parallel_entry() -> int | None:
     return None
 
 
-@functools.cache
-def _load() -> tuple[Library | None, str]:
+def runnable_levels() -> tuple[str, ...]:
+    """Instruction levels of this architecture that this processor has, best first."""
     # Not at the top: ``python -m hetero_kernels.build_native`` must be the first to import it.
     from hetero_kernels import build_native
 
     flags = _cpu_flags()
-    reasons: list[str] = []
-    for level in build_native.levels():
-        if not _LEVEL_FLAGS[level] <= flags:
-            continue
-        path = build_native.DEFAULT_OUT_DIR / build_native.library_name(level)
-        if not path.exists():
-            continue
+    return tuple(level for level in build_native.levels() if _LEVEL_FLAGS[level] <= flags)
+
+
+def open_library(level: str, directory: Path | None = None) -> Library:
+    """Load the library of one instruction level.
+
+    Args:
+        level: One of ``runnable_levels()``; any other may end the process with an illegal
+            instruction.
+        directory: Where it lies; by default where ``build_native`` puts it.
+
+    Returns:
+        The kernels, running on torch's threads if those were found.
+
+    Raises:
+        NativeError: It is not there, cannot be loaded, or was made from other sources.
+    """
+    from hetero_kernels import build_native
+
+    path = (directory or build_native.DEFAULT_OUT_DIR) / build_native.library_name(level)
+    if not path.exists():
+        raise NativeError(f"{path.name} is not there")
+    try:
+        # Short calls keep the interpreter lock: giving it up costs more than they take.
+        short = ctypes.PyDLL(str(path))
+        long = ctypes.CDLL(str(path))
+        version = short.hk_abi_version()
+        short.hk_source_digest.restype = ctypes.c_char_p
+        digest = short.hk_source_digest().decode()
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"{path.name}: {error}") from error
+    if version != ABI_VERSION:
+        raise NativeError(f"{path.name} has interface version {version}, not {ABI_VERSION}")
+    if build_native.SOURCE_DIR.is_dir() and digest != build_native.source_digest():
+        raise NativeError(f"{path.name} was made from other sources")
+    parallel = _parallel_entry()
+    short.hk_set_parallel.argtypes = [c_void_p]
+    short.hk_set_parallel(parallel)
+    return _bind(short, long, level, parallel is not None)
+
+
+@functools.cache
+def _load() -> tuple[Library | None, str]:
+    reasons = []
+    for level in runnable_levels():
         try:
-            # Short calls keep the interpreter lock: giving it up costs more than they take.
-            short = ctypes.PyDLL(str(path))
-            long = ctypes.CDLL(str(path))
-            if short.hk_abi_version() != ABI_VERSION:
-                reasons.append(f"{path.name} has another interface version")
-                continue
-            short.hk_source_digest.restype = ctypes.c_char_p
-            digest = short.hk_source_digest().decode()
-        except (OSError, AttributeError) as error:
-            reasons.append(f"{path.name}: {error}")
+            found = open_library(level)
+        except NativeError as error:
+            reasons.append(str(error))
             continue
-        if build_native.SOURCE_DIR.is_dir() and digest != build_native.source_digest():
-            reasons.append(f"{path.name} is older than its sources")
-            continue
-        parallel = _parallel_entry()
-        short.hk_set_parallel.argtypes = [c_void_p]
-        short.hk_set_parallel(parallel)
-        remark = "" if parallel is not None else " (one thread: torch's OpenMP was not found)"
-        return _bind(short, long, level), f"native {level}{remark}"
-    if not reasons:
-        reasons.append("no compiled library")
-    hint = "run: python -m hetero_kernels.build_native"
-    return None, f"torch ({'; '.join(reasons)}; {hint})"
+        remark = "" if found.has_threads else " (one thread: torch's OpenMP was not found)"
+        return found, f"native {level}{remark}"
+    reason = "; ".join(reasons) or "no library for this processor"
+    return None, f"torch ({reason}; run: python -m hetero_kernels.build_native)"
 
 
-def _bind(short: Any, long: Any, level: str) -> Library:
+def _bind(short: Any, long: Any, level: str, has_threads: bool) -> Library:
     def bind(function: Any, *types: Any) -> Callable[..., None]:
         function.argtypes = types
         function.restype = None
@@ -235,6 +263,7 @@ def _bind(short: Any, long: Any, level: str) -> Library:
     address, i32, i64 = c_void_p, c_int32, c_int64
     return Library(
         level=level,
+        has_threads=has_threads,
         append_rows=bind(
             short.hk_append_rows, address, address, address, i64, address, i64, address, i64
         ),

@@ -1,15 +1,54 @@
-"""Tolerances and made-up memory for tests and benchmarks of the kernels."""
+"""Tolerances, implementations and made-up memory for tests and benchmarks of the kernels."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 
+from hetero_kernels import native
 from hetero_kernels.layer import LayerTensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hetero_kernels.dispatch import Impl
 
 # Largest error of results of order 1; movement of data is exact.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def implementations() -> list[str]:
+    """What can be held against the reference here: ``torch`` and every loadable level."""
+    names = ["torch"]
+    for level in native.runnable_levels():
+        try:
+            native.open_library(level)
+        except native.NativeError:
+            continue
+        names.append(level)
+    return names
+
+
+@contextmanager
+def using(name: str) -> Iterator[Impl]:
+    """Make one of ``implementations()`` the active one.
+
+    Args:
+        name: ``torch`` or an instruction level.
+
+    Yields:
+        The ``impl`` argument that selects it.
+    """
+    if name == "torch":
+        yield "torch"
+        return
+    found = native.open_library(name)
+    with mock.patch.object(native, "_load", return_value=(found, f"native {name}")):
+        yield "native"
 
 
 @dataclass(frozen=True, eq=False)
