@@ -12,6 +12,7 @@ An address ``ipc:///DIR/NAME`` stands for three files in DIR, which must be priv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import os
@@ -22,7 +23,15 @@ from pathlib import Path
 
 from memd.errors import ConfigError
 
-__all__ = ["Endpoint", "EndpointLock", "Peer", "is_allowed_peer", "peer_of", "private_directory"]
+__all__ = [
+    "Endpoint",
+    "EndpointLock",
+    "Peer",
+    "is_allowed_peer",
+    "peer_of",
+    "private_directory",
+    "remove_leftovers",
+]
 
 _MAX_SOCKET_PATH_BYTES = 107
 _UCRED = struct.Struct("3i")
@@ -109,15 +118,8 @@ class EndpointLock:
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._fd = os.open(endpoint.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            raise ConfigError(
-                f"another memd already serves {endpoint.address}; see `memd status`"
-            ) from error
         self._endpoint = endpoint
+        self._fd = self._acquire()
         for leftover in (endpoint.control, endpoint.attach):
             leftover.unlink(missing_ok=True)
 
@@ -130,6 +132,36 @@ class EndpointLock:
         for path in (self._endpoint.control, self._endpoint.attach, self._endpoint.lock):
             path.unlink(missing_ok=True)
         os.close(self._fd)
+
+    def _acquire(self) -> int:
+        path = self._endpoint.lock
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A daemon that ended in between has removed the file that we opened: a lock on that
+                # one says nothing about the file that others see.
+                if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
+            except BlockingIOError as error:
+                os.close(fd)
+                raise ConfigError(
+                    f"another memd already serves {self._endpoint.address}; see `memd status`"
+                ) from error
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+
+def remove_leftovers(endpoint: Endpoint) -> None:
+    """Remove what a daemon that is gone left at an endpoint; nothing if one is running there."""
+    directory = endpoint.control.parent
+    with contextlib.suppress(ConfigError, FileNotFoundError), EndpointLock(endpoint):
+        pass
+    # Not empty, or somebody else's: then it is not ours to remove.
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)

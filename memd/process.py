@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import select
@@ -12,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from memd.config import runtime_directory
-from memd.endpoint import Endpoint
+from memd.endpoint import Endpoint, remove_leftovers
 from memd.errors import MemdTimeout, MemdUnavailable
 
 if TYPE_CHECKING:
@@ -62,11 +61,7 @@ class MemdProcess:
                 self._child.kill()
                 self._child.wait()
         # What a killed daemon leaves behind is names of sockets, never memory.
-        endpoint = Endpoint.parse(self.address)
-        for path in (endpoint.control, endpoint.attach, endpoint.lock):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            endpoint.control.parent.rmdir()
+        remove_leftovers(Endpoint.parse(self.address))
 
 
 def spawn_memd(

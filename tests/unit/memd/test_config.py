@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from memd.config import (
+    MemdConfig,
+    default_address,
+    format_bytes,
+    parse_bytes,
+    runtime_directory,
+)
+from memd.endpoint import Endpoint
+from memd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("1", 1),
+        ("4096", 4096),
+        ("2KiB", 2048),
+        ("64MiB", 64 << 20),
+        ("1.5GiB", 3 << 29),
+        (" 1 TiB ", 1 << 40),
+    ],
+)
+def test_sizes_are_read(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "4GB", "4G", "GiB", "1e9", "0.3KiB", "4 gib"])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="for example 4GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (2048, "2 KiB"), (3 << 29, "1.5 GiB"), (5 << 40, "5 TiB")],
+)
+def test_sizes_are_shown(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+def test_good_settings_are_taken() -> None:
+    config = MemdConfig(address="ipc:///run/x/y.sock", region_bytes=1 << 20)
+    assert config.parent_pid is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("region_bytes", 100),
+        ("parent_pid", -1),
+        ("max_clients", 0),
+        ("max_frame_bytes", 10),
+        ("max_frame_bytes", 1 << 40),
+        ("hello_grace_s", 0.0),
+        ("watch_interval_s", -1.0),
+        ("scrub_bytes", 1),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name_with_its_value(setting: str, value: float) -> None:
+    good = {"address": "ipc:///run/x/y.sock", "region_bytes": 1 << 20}
+    with pytest.raises(ConfigError, match=f"{setting} must be .*got {value}"):
+        MemdConfig(**{**good, setting: value})
+
+
+def test_a_bad_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ipc://"):
+        MemdConfig(address="tcp://127.0.0.1:5555", region_bytes=1 << 20)
+
+
+def test_the_runtime_directory_of_the_session_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert runtime_directory() == tmp_path
+    assert Endpoint.parse(default_address()).control.is_relative_to(tmp_path)
+
+
+def test_a_runtime_directory_that_is_not_there_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    assert runtime_directory() != tmp_path / "missing"
