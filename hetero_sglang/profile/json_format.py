@@ -1,4 +1,4 @@
-"""Profile files: JSON, one line per layer, with a digest that notices edits and cuts.
+"""Profile files: JSON, a line for each layer, with a digest that notices edits and cuts.
 
 The schema is the set of structs below. Fields may be added with a default; anything else raises the
 schema version.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ __all__ = ["digest", "dumps_profile", "load_profile", "loads_profile", "save_pro
 
 # A profile of 128 layers with 128 KV heads and its similarities stays under this.
 _MAX_FILE_BYTES = 64 << 20
+# What fits is written on one line.
+_LINE_WIDTH = 90
 
 
 class _Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,10 +154,11 @@ def save_profile(profile: HeadProfile, path: str | os.PathLike[str]) -> None:
 
 
 def dumps_profile(profile: HeadProfile) -> str:
-    """The file's text: indented, but innermost lists on one line, for readable diffs."""
-    body = {"digest": profile.digest, "fingerprint": profile.fingerprint, **_body(profile)}
-    text = json.dumps(body, indent=1, sort_keys=True)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda m: " ".join(m[0].split()), text) + "\n"
+    """The file's text: indented, with a layer or a cluster on a line, for readable diffs."""
+    body = _body(profile)
+    version = {"schema_version": body.pop("schema_version")}
+    names = {"digest": profile.digest, "fingerprint": profile.fingerprint}
+    return _indented({**version, **names, **body}, "") + "\n"
 
 
 def digest(profile: HeadProfile) -> str:
@@ -182,6 +184,20 @@ def _body(profile: HeadProfile) -> dict[str, Any]:
     if profile.similarity is not None:
         body["similarity"] = profile.similarity.tolist()
     return body
+
+
+def _indented(value: Any, indent: str) -> str:
+    line = json.dumps(value)
+    inner = indent + " "
+    if len(line) <= _LINE_WIDTH:
+        return line
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items()]
+    elif isinstance(value, list) and isinstance(value[0], dict | list):
+        lines = [_indented(item, inner) for item in value]
+    else:
+        return line
+    return f"{line[0]}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{line[-1]}"
 
 
 def _from_file(file: _ProfileFile, origin: str) -> HeadProfile:
