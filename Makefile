@@ -94,11 +94,13 @@ SERVED_NAME = $(if $(MODEL),,--served-model-name smollm2-135m-instruct)
 SERVE_CPU = --device cpu --dtype $(DTYPE) --max-total-tokens $(MAX_TOKENS) --sleep-on-idle
 
 # Started in a folder of its own: Python would import packages of the current folder first.
+# SGLang warns a dozen times of what a plain CPU lacks; those lines would hide ours.
 .PHONY: serve
 serve: install ## Serve the demo model with HeteroCache (PORT=, RATIO=, MODEL=, ARGS=)
 	@mkdir -p .cache/run
 	@echo "Starting SGLang on http://$(HOST):$(PORT)/v1 (20-30 s on a CPU); Ctrl-C stops it"
-	cd .cache/run && exec env $(ENVIRONMENT) $(BIN)/python -m sglang.launch_server \
+	cd .cache/run && exec env $(ENVIRONMENT) PYTHONWARNINGS=ignore::UserWarning \
+	  $(BIN)/python -m sglang.launch_server \
 	  --model-path $(SERVED_MODEL) $(SERVED_NAME) --host $(HOST) --port $(PORT) \
 	  --kv-policy heterocache --kv-policy-ratio $(RATIO) \
 	  $(if $(filter cpu,$(DEVICE)),$(SERVE_CPU)) $(ARGS)
