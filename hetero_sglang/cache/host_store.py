@@ -3,7 +3,9 @@
 A page of memd holds ``page_tokens`` logical token ids for all compressed heads, so a
 token id alone names its row: page ``id // page_tokens``, offset ``id % page_tokens``.
 Pages are given out by memd when the first request needs them and go back with the last
-one. This module never waits for memd on the decode path.
+one. Two prompts may share a page: rows of the later one are written into a page that is
+sealed already. That is safe, because memd reads only rows that a fetch names, and no fetch
+names a row before its prompt is stored. This module never waits for memd on the decode path.
 """
 
 from __future__ import annotations
@@ -214,7 +216,11 @@ class HostStore:
         self._release(idle)
 
     def check_integrity(self) -> None:
-        """Raises ResidencyError when references, pages and holders disagree."""
+        """Raises ResidencyError when references, pages and holders disagree.
+
+        Looks at this side only and never waits: memd reports its own side with its stats, and
+        ``client.check_integrity`` compares both.
+        """
         counted = np.zeros_like(self._references)
         for held in self._held.values():
             counted[held] += 1
@@ -225,8 +231,6 @@ class HostStore:
             raise ResidencyError("host store: a memd page has two owners")
         if np.any((self._page_of >= 0) & (self._references == 0)):
             raise ResidencyError("host store: a page is held by nobody")
-        if self.is_available:
-            self.client.check_integrity()
 
     def _settle(self) -> None:
         waiting: list[_Reservation] = []

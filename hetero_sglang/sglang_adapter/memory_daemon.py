@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_sglang.errors import ConfigError
-from memd.client import MemdClient, spawn_memd
+from memd.client import MemdClient, MemdProcess, spawn_memd
 from memd.errors import MemdError
 from memd.protocol import KVLayout
 
@@ -34,14 +34,14 @@ class MemoryDaemon:
     """
 
     client: MemdClient
-    process: object | None
+    process: MemdProcess | None
     address: str
 
     def close(self) -> None:
         """Leaves the daemon; ends it when it is ours."""
         self.client.close()
         if self.process is not None:
-            self.process.close()  # type: ignore[attr-defined]
+            self.process.close()
 
 
 def connect_memory_daemon(setup: Setup, shape: PoolShape) -> MemoryDaemon:
@@ -72,7 +72,7 @@ def connect_memory_daemon(setup: Setup, shape: PoolShape) -> MemoryDaemon:
                 f"{page_bytes} bytes and the landing ring {landing_bytes}; raise it to at least "
                 f"{page_bytes + landing_bytes}"
             )
-    process = None
+    process: MemdProcess | None = None
     try:
         if config.memd_address == "auto":
             total = num_pages * page_bytes + landing_bytes + _SLACK_BYTES

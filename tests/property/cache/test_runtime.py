@@ -1,0 +1,298 @@
+"""The whole runtime on a small random model: any mix of requests, against dense attention.
+
+A model of what attention must be runs beside it: full KV of each request in plain lists,
+and for compressed heads a mask made of the runtime's kept positions. memd is the real
+service in this process, whose replies the machine can hold back or kill.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hetero_sglang.cache.blocks import BlockPool
+from hetero_sglang.cache.host_store import HostStore
+from hetero_sglang.cache.sizing import SizingRule
+from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.config import HeteroConfig
+from hetero_sglang.policy.roles import LayerHeads, RoleTables
+from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from memd.protocol import KVLayout
+from memd.testing import FakeMemd
+
+GROUP, DIM, CONTEXT, ROWS, TOKENS = 2, 16, 96, 5, 256
+SCALE = DIM**-0.5
+HEADS = 3  # of each layer: compressed, resident pivot, compressed
+RATIO = 0.7
+
+
+def tables() -> RoleTables:
+    layers = tuple(
+        LayerHeads(
+            resident=np.array([1]),
+            compressed=np.array([0, 2]),
+            pivots=np.array([1]),
+            first_plane=layer,
+            first_compressed=2 * layer,
+            first_pivot=layer,
+            head_map=np.array([~(2 * layer), layer, ~(2 * layer + 1)], dtype=np.int32),
+            pivot_map=np.array([-1, layer, -1], dtype=np.int32),
+        )
+        for layer in range(2)
+    )
+    return RoleTables(
+        layers=layers,
+        num_kv_heads=HEADS,
+        num_planes=2,
+        num_compressed=4,
+        num_pivots=2,
+        pivot_plane=np.array([0, 1], dtype=np.int32),
+        satellites=(np.array([0, 1]), np.array([2, 3])),
+        allocation=np.array([0.6, 1.4, 1.2, 0.8]),
+    )
+
+
+class Request:
+    def __init__(self, row: int, prompt_len: int) -> None:
+        self.row = row
+        self.prompt_len = prompt_len
+        self.done = 0
+        self.ids: list[int] = []
+        # K and V so far, [layers][heads] lists of rows.
+        self.k = [torch.empty(HEADS, 0, DIM) for _ in range(2)]
+        self.v = [torch.empty(HEADS, 0, DIM) for _ in range(2)]
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.done < self.prompt_len
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(retrieval=st.sampled_from(["async", "sync", "off"]), seed=st.integers(0, 99))
+    def start(self, retrieval: str, seed: int) -> None:
+        self.rng = torch.Generator().manual_seed(seed)
+        # A threshold of 1 makes nearly every check drift.
+        config = HeteroConfig(
+            ratio=RATIO,
+            min_tokens=8,
+            drift_interval=2,
+            drift_threshold=1.0,
+            block_tokens=4,
+            page_tokens=8,
+            landing_rows=48,
+            retrieval=retrieval,
+        )
+        self.tables = tables()
+        sizes = SizingRule(RATIO, 2, 4, 2 * DIM * 4, 4, CONTEXT).shape_for(TOKENS)
+        blocks = BlockPool(
+            num_blocks=4 * (CONTEXT // 4 + 1) * ROWS,
+            block_tokens=4,
+            head_dim=DIM,
+            num_rows=ROWS,
+            num_compressed=4,
+            context_tokens=CONTEXT,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        self.memd = FakeMemd.create(
+            KVLayout(num_heads=4, head_dim=DIM, dtype="float32", page_tokens=8),
+            num_pages=40,
+            landing_rows=48,
+        )
+        self.store = (
+            None
+            if retrieval == "off"
+            else HostStore(
+                self.memd,
+                num_slots=TOKENS + 1,
+                num_heads=4,
+                head_dim=DIM,
+                page_tokens=8,
+                dtype=torch.float32,
+            )
+        )
+        self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
+        resident = torch.full((2, sizes.num_slots, DIM), float("nan"))
+        self.runtime = HeteroRuntime(
+            tables=self.tables,
+            config=config,
+            k_resident=resident,
+            v_resident=resident.clone(),
+            blocks=blocks,
+            staging=StagingPool(4, 3 * CONTEXT, DIM, torch.float32, "cpu"),
+            store=self.store,
+            req_to_token=self.req_to_token,
+            group_size=GROUP,
+        )
+        self.live: dict[int, Request] = {}
+        self.free_ids = list(range(1, TOKENS + 1))
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.rng)
+
+    def extend_ids(self, request: Request, count: int) -> list[int]:
+        # Alternate ends, so that ids are neither contiguous nor ascending.
+        ids = [self.free_ids.pop(-1 if i % 3 else 0) for i in range(count)]
+        start = len(request.ids)
+        self.req_to_token[request.row, start : start + count] = torch.tensor(ids).int()
+        request.ids += ids
+        return ids
+
+    @precondition(lambda self: len(self.live) < ROWS - 1)
+    @rule(prompt_len=st.integers(1, 40), chunk=st.integers(1, 40))
+    def admit(self, prompt_len: int, chunk: int) -> None:
+        if prompt_len + 20 > len(self.free_ids):
+            return
+        row = next(r for r in range(1, ROWS) if r not in self.live)
+        if not self.runtime.staging.extents.fits([prompt_len]):
+            return
+        self.live[row] = Request(row, prompt_len)
+        self.prefill(row, chunk)
+
+    @precondition(lambda self: any(r.in_prefill for r in self.live.values()))
+    @rule(chunk=st.integers(1, 40))
+    def go_on(self, chunk: int) -> None:
+        row = next(row for row, r in self.live.items() if r.in_prefill)
+        self.prefill(row, chunk)
+
+    def prefill(self, row: int, chunk: int) -> None:
+        request = self.live[row]
+        start, end = request.done, min(request.done + chunk, request.prompt_len)
+        count = end - start
+        self.runtime.begin_prefill(row, request.prompt_len, end)
+        self.extend_ids(request, count)
+        self.runtime.allocate(np.array([row]), np.array([end]))
+        spans = [ExtendSpan(row, 0, start, count)]
+        self.runtime.begin_extend(spans)
+        for layer in range(2):
+            q = self.random(count, HEADS * GROUP, DIM)
+            k, v = self.random(count, HEADS, DIM), self.random(count, HEADS, DIM)
+            request.k[layer] = torch.cat([request.k[layer], k.transpose(0, 1)], 1)
+            request.v[layer] = torch.cat([request.v[layer], v.transpose(0, 1)], 1)
+            out = self.runtime.extend_layer(layer, q, k, v, spans, SCALE)
+            for i in range(count):
+                self.compare(request, layer, q[i], out[i], start + i + 1, None)
+        request.done = end
+
+    @precondition(lambda self: any(not r.in_prefill for r in self.live.values()))
+    @rule(steps=st.integers(1, 5))
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = [
+                r
+                for r in self.live.values()
+                if not r.in_prefill and len(r.ids) < CONTEXT and self.free_ids
+            ][: len(self.free_ids)]
+            if batch:
+                self.step(batch)
+
+    def step(self, batch: list[Request]) -> None:
+        ids = [self.extend_ids(r, 1)[0] for r in batch]
+        rows = torch.tensor([r.row for r in batch])
+        lens = torch.tensor([len(r.ids) for r in batch])
+        self.runtime.allocate(rows.numpy(), lens.numpy())
+        self.runtime.begin_decode(rows, lens, torch.tensor(ids))
+        kept = {r.row: self.kept(r) for r in batch}
+        for layer in range(2):
+            q = self.random(len(batch), HEADS * GROUP, DIM)
+            k, v = self.random(len(batch), HEADS, DIM), self.random(len(batch), HEADS, DIM)
+            out = self.runtime.decode_layer(layer, q, k, v, SCALE)
+            for i, r in enumerate(batch):
+                r.k[layer] = torch.cat([r.k[layer], k[i][:, None]], 1)
+                r.v[layer] = torch.cat([r.v[layer], v[i][:, None]], 1)
+                self.compare(r, layer, q[i], out[i], len(r.ids), kept[r.row])
+
+    def kept(self, request: Request) -> list[np.ndarray]:
+        """Kept positions as the block pool has them, by compressed head."""
+        blocks = self.runtime.blocks
+        flat = blocks.positions.numpy().reshape(-1)
+        return [
+            flat[
+                blocks.row_addresses(
+                    request.row, head, np.arange(int(blocks.kept_lens[request.row, head]))
+                )
+            ]
+            for head in range(4)
+        ]
+
+    def compare(
+        self,
+        request: Request,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        seq_len: int,
+        kept: list[np.ndarray] | None,
+    ) -> None:
+        for head in range(HEADS):
+            visible = torch.ones(seq_len, dtype=torch.bool)
+            if kept is not None and head != 1:
+                visible[: request.prompt_len] = False
+                visible[kept[2 * layer + (head // 2)].astype(np.int64)] = True
+            k, v = request.k[layer][head, :seq_len], request.v[layer][head, :seq_len]
+            queries = q[head * GROUP : (head + 1) * GROUP]
+            scores = (queries @ k.T * SCALE).masked_fill(~visible, float("-inf"))
+            expected = torch.softmax(scores, -1) @ v
+            torch.testing.assert_close(
+                out[head * GROUP : (head + 1) * GROUP], expected, rtol=1e-4, atol=1e-5
+            )
+
+    @precondition(lambda self: bool(self.live))
+    @rule(which=st.integers(0, ROWS))
+    def end(self, which: int) -> None:
+        request = self.live.pop(list(self.live)[which % len(self.live)])
+        self.runtime.free(request.row)
+        self.free_ids += request.ids
+
+    @rule()
+    def flush(self) -> None:
+        self.runtime.clear()
+        for request in self.live.values():
+            self.free_ids += request.ids
+        self.live.clear()
+
+    @precondition(lambda self: self.runtime.config.retrieval == "async")
+    @rule()
+    def hold_memd_back(self) -> None:
+        self.memd.hold()
+
+    @rule()
+    def let_memd_go_on(self) -> None:
+        self.memd.resume()
+
+    @precondition(lambda self: self.memd.is_alive)
+    @rule(really=st.integers(0, 9))
+    def kill_memd(self, really: int) -> None:
+        if really == 0:
+            self.memd.kill()
+
+    @invariant()
+    def pools_agree(self) -> None:
+        self.runtime.check_integrity()
+        state = self.runtime.state()
+        assert state["requests"]["prefill"] == sum(r.in_prefill for r in self.live.values())
+        if not self.live:
+            assert state["areas"]["blocks"]["used_bytes"] == 0
+            assert state["areas"]["staging"]["used_bytes"] == 0
+
+    def teardown(self) -> None:
+        if not hasattr(self, "runtime"):
+            return
+        self.flush()
+        self.memd.resume()
+        if self.store is not None:
+            self.store.poll()
+            self.runtime._retrieval.install_landed()
+            self.runtime._retrieval.install_landed()
+            if self.memd.is_alive:
+                self.memd.check_integrity()
+                self.store.poll()
+                assert self.store.num_pages_used == 0
+                assert self.memd.landing_rows_used == 0
+
+
+TestRuntime = Machine.TestCase
+TestRuntime.settings = settings(stateful_step_count=30, max_examples=40)
