@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hetero_sglang
 from hetero_sglang.errors import HeteroError
+from hetero_sglang.progress import shown_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Callable, Sequence
 
     from hetero_sglang.profile import HeadProfile
 
@@ -69,8 +68,6 @@ examples:
   python -m sglang.launch_server --model-path models/mine --kv-policy heterocache \\
       --kv-policy-profile mine.json
 """
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def _add_demo_model_options(parser: argparse.ArgumentParser) -> None:
 def _run_demo_model(arguments: argparse.Namespace) -> None:
     from hetero_sglang.demo_model import make_demo_model
 
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         model = make_demo_model(arguments.out, progress=progress)
     state = "made" if model.is_new else "already complete"
     _say(f"{model.path}: {state}, {model.num_bytes / 1e6:.0f} MB")
@@ -222,7 +219,7 @@ def _run_profile(arguments: argparse.Namespace) -> None:
         thresholds=thresholds, **{name: given[name] for name in names if name in given}
     )
     texts = [read_text(path) for path in arguments.text]
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         profile = profile_model(arguments.model, calibration, texts=texts, progress=progress)
     save_profile(profile, arguments.out)
     _say(f"{arguments.out}: {_summary(profile)}")
@@ -235,44 +232,6 @@ def _summary(profile: HeadProfile) -> str:
         f"floor {profile.floor:.1%}; --kv-policy-ratio must be above it\n"
         f"fingerprint {profile.fingerprint}, digest {profile.digest[:16]}"
     )
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Progress]:
-    """A progress bar with the time that is left on a terminal, a line per stage elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _stage_lines(console)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
-
-        yield show
-
-
-def _stage_lines(console: Console) -> Progress:
-    shown = ""
-
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal shown
-        if stage != shown:
-            shown = stage
-            console.print(stage, highlight=False)
-
-    return show
 
 
 def _say(text: str) -> None:

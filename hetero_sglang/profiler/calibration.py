@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +20,15 @@ from hetero_sglang.profile import HeadProfile, ModelShape, Provenance, Threshold
 from hetero_sglang.profiler.classify import assign_roles
 from hetero_sglang.profiler.observation import POOL_KERNEL, HeadObserver, group_mean
 from hetero_sglang.profiler.texts import CalibrationText, calibration_texts
+from hetero_sglang.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Calibration", "profile_model"]
 
 _ATTENTION_NAME = "hetero_calibration"
-
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`; a long prompt is one unit of work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ def profile_model(
     calibration: Calibration,
     *,
     texts: Sequence[CalibrationText] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> HeadProfile:
     """Profiles the heads of a Transformers model.
 
@@ -84,7 +81,7 @@ def profile_model(
         model_dir: Transformers directory of a decoder-only model.
         calibration: Settings.
         texts: Calibration texts, a prompt each; by default the shipped ones.
-        progress: Told about the work done.
+        progress: Told about the work done; a prompt counts as much as a decoded token.
 
     Returns:
         The profile, with the run's provenance.
@@ -96,25 +93,24 @@ def profile_model(
     folder = Path(model_dir)
     shape = ModelShape.from_config(_read_config(folder))
     prompts = _Prompts.tokenize(folder, texts or calibration_texts(), calibration)
-    report = progress or (lambda stage, done, total: None)
     steps_each = calibration.num_decode_steps
     total = len(prompts.token_ids) * (steps_each + 1)
 
-    report("loading the model", 0, total)
+    progress("loading the model", 0, total)
     model = _load(folder, calibration)
     observer = HeadObserver(calibration.top_k)
     watch = _AttentionWatch.install(model, shape)
     with torch.inference_mode():
         for index, (name, token_ids) in enumerate(prompts.items()):
-            report(f"{name}: prompt", index * (steps_each + 1), total)
+            progress(f"{name}: prompt", index * (steps_each + 1), total)
             output = model(token_ids, use_cache=True, logits_to_keep=1)
             observer.begin_prompt(watch.take(len(token_ids[0])))
             for step in range(steps_each):
-                report(f"{name}: decoding", index * (steps_each + 1) + step + 1, total)
+                progress(f"{name}: decoding", index * (steps_each + 1) + step + 1, total)
                 newest = output.logits[:, -1:].argmax(dim=-1)
                 output = model(newest, past_key_values=output.past_key_values, use_cache=True)
                 observer.add_step(watch.take(len(token_ids[0])))
-    report("done", total, total)
+    progress("done", total, total)
 
     return assign_roles(
         observer.stability,

@@ -3,7 +3,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,7 @@ from hetero_sglang.errors import ConfigError
 from hetero_sglang.profile import HeadProfile, ModelShape, Thresholds, load_profile
 from hetero_sglang.profiler import Calibration, CalibrationText
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def usage_exit_status(*arguments: str) -> int:
@@ -75,7 +76,9 @@ SHOWN_DEFAULTS: dict[str, Any] = {
 }
 
 
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == hetero_sglang.__version__
     assert usage_exit_status("--version") == 0
     assert capsys.readouterr().out == f"hetero-sglang {hetero_sglang.__version__}\n"
 
