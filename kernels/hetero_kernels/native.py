@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -116,6 +116,31 @@ class ScoreStruct(ctypes.Structure):
     )
 
 
+class ExtendStruct(ctypes.Structure):
+    """``HkExtend`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("head_dim", c_int32),
+        ("num_kv_heads", c_int32),
+        ("group_size", c_int32),
+        ("num_threads", c_int32),
+        ("scale", c_float),
+        ("num_new", c_int64),
+        ("prefix_len", c_int64),
+        ("q", c_void_p),
+        ("q_stride", c_int64),
+        ("k", c_void_p),
+        ("k_head_stride", c_int64),
+        ("k_row_stride", c_int64),
+        ("v", c_void_p),
+        ("v_head_stride", c_int64),
+        ("v_row_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+    )
+
+
 class NativeError(RuntimeError):
     """A compiled library cannot be used; the message says why."""
 
@@ -128,6 +153,7 @@ class Library:
     has_threads: bool
     append_rows: Callable[..., None]
     decode_attention: Callable[..., None]
+    extend_attention: Callable[..., None]
     score: Callable[..., None]
     top_positions: Callable[..., None]
     gather_rows: Callable[..., None]
@@ -270,6 +296,7 @@ def _bind(short: Any, long: Any, level: str, has_threads: bool) -> Library:
         decode_attention=bind(
             long.hk_decode_attention, address, address, address, i64, address, i64
         ),
+        extend_attention=bind(long.hk_extend_attention, address),
         score=bind(long.hk_score, address),
         top_positions=bind(
             long.hk_top_positions,

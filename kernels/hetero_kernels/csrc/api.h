@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define HK_ABI_VERSION 1
+#define HK_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define HK_EXPORT extern "C" __declspec(dllexport)
@@ -89,6 +89,28 @@ struct HkScore {
   int64_t newest_stride;
 };
 
+// A chunk of new tokens of one request against all its tokens.
+struct HkExtend {
+  int32_t dtype;
+  int32_t head_dim;
+  int32_t num_kv_heads;
+  int32_t group_size;
+  int32_t num_threads;
+  float scale;
+  int64_t num_new;
+  int64_t prefix_len;
+  const void* q;  // [num_new, num_kv_heads * group_size, head_dim]
+  int64_t q_stride;
+  const void* k;  // [num_kv_heads, prefix_len + num_new, head_dim]
+  int64_t k_head_stride;
+  int64_t k_row_stride;
+  const void* v;
+  int64_t v_head_stride;
+  int64_t v_row_stride;
+  void* out;  // like q
+  int64_t out_stride;
+};
+
 typedef void (*HkParallel)(void (*)(void*), void*, unsigned, unsigned);
 
 HK_EXPORT int32_t hk_abi_version();
@@ -100,6 +122,7 @@ HK_EXPORT void hk_append_rows(const HkLayer*, const HkBatch*, const void* k, int
                               const void* v, int64_t v_stride, const void* q, int64_t q_stride);
 HK_EXPORT void hk_decode_attention(const HkLayer*, const HkBatch*, const void* q, int64_t q_stride,
                                    void* out, int64_t out_stride);
+HK_EXPORT void hk_extend_attention(const HkExtend*);
 HK_EXPORT void hk_score(const HkScore*);
 
 // The `counts[i]` best positions of each row: ascending in `positions` (order 0), best first

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_float, check_shape
+from hetero_kernels.checks import (
+    check_dense_rows,
+    check_dtype,
+    check_float,
+    check_head_dim,
+    check_shape,
+)
 from hetero_kernels.dispatch import resolve
-from hetero_kernels.extend_attention.cpu import extend_attention_torch
+from hetero_kernels.extend_attention.cpu import extend_attention_native, extend_attention_torch
 from hetero_kernels.extend_attention.reference import extend_attention_reference
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ def extend_attention(
     check_float("q", q)
     check_shape("q", q, (None, None, None))
     num_new, num_q_heads, head_dim = q.shape
+    check_head_dim(head_dim)
     check_dense_rows("q", q, 2)
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(name, tensor, q.dtype)
@@ -51,6 +58,9 @@ def extend_attention(
             f"the {num_q_heads} query heads must be a multiple of the KV heads, "
             f"got {k.shape[0]} of k and {v.shape[0]} of v"
         )
-    if resolve(impl, q.device) == "reference":
-        return extend_attention_reference(q, k, v, prefix_len, scale)
-    return extend_attention_torch(q, k, v, prefix_len, scale)
+    run = {
+        "native": extend_attention_native,
+        "torch": extend_attention_torch,
+        "reference": extend_attention_reference,
+    }[resolve(impl, q.device)]
+    return run(q, k, v, prefix_len, scale)

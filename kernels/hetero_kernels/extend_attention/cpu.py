@@ -1,11 +1,15 @@
-"""``extend_attention`` by torch's fused attention over blocks of queries."""
+"""``extend_attention`` by the compiled kernel and by torch's fused attention."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from hetero_kernels.dispatch import loaded
+from hetero_kernels.native import DTYPE_CODES, ExtendStruct, pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +17,36 @@ if TYPE_CHECKING:
 # Queries of a block: large enough for the fused kernel, small enough that the keys behind a block's
 # own end, which are masked or not read at all, are few.
 QUERY_BLOCK = 512
+
+
+def extend_attention_native(
+    q: Tensor, k: Tensor, v: Tensor, prefix_len: int, scale: float
+) -> Tensor:
+    """Blocks of queries against packed blocks of keys; see ``extend_attention_reference``."""
+    num_new, num_q_heads, head_dim = q.shape
+    out = torch.empty(num_new, num_q_heads, head_dim, dtype=q.dtype)
+    struct = ExtendStruct(
+        dtype=DTYPE_CODES[q.dtype],
+        head_dim=head_dim,
+        num_kv_heads=k.shape[0],
+        group_size=num_q_heads // k.shape[0],
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        num_new=num_new,
+        prefix_len=prefix_len,
+        q=pointer(q),
+        q_stride=q.stride(0),
+        k=pointer(k),
+        k_head_stride=k.stride(0),
+        k_row_stride=k.stride(1),
+        v=pointer(v),
+        v_head_stride=v.stride(0),
+        v_row_stride=v.stride(1),
+        out=pointer(out),
+        out_stride=out.stride(0),
+    )
+    loaded().extend_attention(ctypes.addressof(struct))
+    return out
 
 
 def extend_attention_torch(
