@@ -61,8 +61,8 @@ def cgroup_headroom(
     """Bytes up to the tightest memory limit of this process's cgroups; None without a limit.
 
     Reads version 2 (``memory.max``) and version 1 (``memory.limit_in_bytes``), and walks up to the
-    root because a limit of any ancestor binds. Page cache that the kernel would drop counts as
-    used, so the answer errs on the small side.
+    root because a limit of any ancestor binds. Files in the page cache do not count as used: a
+    container that has just read a model is full of them, and the kernel drops them for us.
 
     Args:
         own: File in the form of ``/proc/self/cgroup``.
@@ -76,9 +76,11 @@ def cgroup_headroom(
     for _, controllers, path in entries:
         if controllers == "":
             top, limit_name, usage_name = cgroup_root, "memory.max", "memory.current"
+            cache_keys = ("active_file", "inactive_file")
         elif "memory" in controllers.split(","):
             top = cgroup_root / "memory"
             limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache_keys = ("total_active_file", "total_inactive_file")
         else:
             continue
         group = top / path.lstrip("/")
@@ -87,11 +89,15 @@ def cgroup_headroom(
                 break
             try:
                 limit = (directory / limit_name).read_text().strip()
-                usage = (directory / usage_name).read_text().strip()
+                usage = int((directory / usage_name).read_text())
+                stat = dict(
+                    line.split() for line in (directory / "memory.stat").read_text().splitlines()
+                )
             except OSError:
                 continue
             if limit != "max":
-                headrooms.append(max(0, int(limit) - int(usage)))
+                used = usage - sum(int(stat.get(key, 0)) for key in cache_keys)
+                headrooms.append(max(0, int(limit) - used))
     return min(headrooms, default=None)
 
 

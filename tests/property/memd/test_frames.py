@@ -40,7 +40,7 @@ PLAIN = st.recursive(
 )
 TAGS = ["hello", "reserve", "commit", "fetch", "release", "stats", "ping", "goodbye"]
 FIELDS = ["num_pages", "page_ids", "rows", "landing_row", "version", "session", "layout", "pid"]
-PAGES = st.lists(st.integers(0, 5) | st.integers(), max_size=4)
+PAGES = st.lists(st.integers(0, 5) | st.integers(-(2**63), 2**64 - 1), max_size=4)
 NEARLY = st.fixed_dictionaries(
     {"type": st.sampled_from(TAGS) | st.text(max_size=8)},
     optional={

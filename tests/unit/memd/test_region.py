@@ -95,13 +95,13 @@ def test_the_hosts_memory_is_read(tmp_path: Path) -> None:
 def cgroup(directory: Path, **files: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (directory / name.replace("__", ".")).write_text(text + "\n")
+        (directory / name.replace("__", ".")).write_text(text + "\n" if text else "")
 
 
 def test_the_tightest_limit_of_all_ancestors_binds_in_version_2(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("0::/a/b\n")
-    cgroup(tmp_path / "fs" / "a", memory__max="1000", memory__current="400")
-    cgroup(tmp_path / "fs" / "a" / "b", memory__max="max", memory__current="10")
+    cgroup(tmp_path / "fs" / "a", memory__max="1000", memory__current="400", memory__stat="x 1")
+    cgroup(tmp_path / "fs" / "a" / "b", memory__max="max", memory__current="10", memory__stat="")
     headroom = cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs")
     assert headroom == 600
 
@@ -109,8 +109,22 @@ def test_the_tightest_limit_of_all_ancestors_binds_in_version_2(tmp_path: Path) 
 def test_the_memory_controller_is_found_in_version_1(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("9:name=systemd:/x\n4:memory:/a\n0::/\n")
     group = tmp_path / "fs" / "memory" / "a"
-    cgroup(group, memory__limit_in_bytes="500", memory__usage_in_bytes="600")
+    cgroup(
+        group, memory__limit_in_bytes="500", memory__usage_in_bytes="600", memory__stat="cache 9"
+    )
     assert cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs") == 0
+
+
+def test_cached_files_do_not_count_as_used(tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/a\n")
+    cgroup(
+        tmp_path / "fs" / "a",
+        memory__max="1000",
+        memory__current="900",
+        memory__stat="anon 200\ninactive_file 300\nactive_file 400",
+    )
+    headroom = cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs")
+    assert headroom == 800
 
 
 def test_no_limit_is_none(tmp_path: Path) -> None:
