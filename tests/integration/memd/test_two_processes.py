@@ -519,3 +519,28 @@ def test_without_pidfd_deaths_are_noticed_by_polling(tmp_path: Path) -> None:
                 return len(ping.stats()["server"]["clients"]) == 1
 
             eventually(is_reclaimed, "memd lets the dead client go")
+
+
+def test_a_client_that_reads_no_reply_costs_only_itself(tmp_path: Path) -> None:
+    code = "import memd.server\nmemd.server._MAX_QUEUED_REPLIES = 100\n" + SERVER
+    address = f"ipc://{tmp_path}/d/s"
+    context = zmq.Context()
+    with python(code, address) as it:
+        assert it.stdout is not None
+        it.stdout.readline()
+        deaf = context.socket(zmq.DEALER)
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.setsockopt(zmq.SNDHWM, 0)
+        deaf.connect(address)
+        for _ in range(30_000):
+            deaf.send(pack({"type": "ping", "request_id": 1}))
+        with MemdClient.connect(address, LAYOUT, num_pages=1, landing_rows=1) as client:
+
+            def are_dropped() -> bool:
+                client.stats()
+                client.drain(BOUND_S)
+                return client.stats()["server"]["counters"]["replies_dropped"] > 0
+
+            eventually(are_dropped, "memd drops what nobody reads")
+            client.check_integrity()
+    context.destroy(linger=0)
