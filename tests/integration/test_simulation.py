@@ -276,7 +276,8 @@ class TestCompare:
 
 def test_a_profile_that_forgets_a_satellite_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    data = {"roles": [[PIVOT, SATELLITE]], "allocation": [[0, 1]], "satellites_of": {"0,0": []}}
+    cluster = {"layer": 0, "pivot": 0, "satellites": []}
+    data = {"roles": [[PIVOT, SATELLITE]], "allocation": [[0, 1]], "satellites_of": [cluster]}
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="every satellite"):
         Profile.load(path)

@@ -30,6 +30,13 @@ READY_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 60
+# Asks the kernel to end a server whose starter has died, then becomes the server.
+WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "pr_set_pdeathsig = 1\n"
+    "ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))\n"
+    "os.execv(sys.argv[1], sys.argv[1:])\n"
+)
 
 
 class ServerError(RuntimeError):
@@ -288,6 +295,8 @@ def launch_command(
 def spawn(command: Sequence[str], directory: Path, log_path: Path) -> subprocess.Popen[bytes]:
     """Start a command as leader of a new process group, its output going to a file.
 
+    It ends when this thread ends, even by SIGKILL.
+
     Args:
         command: Program and arguments.
         directory: Working directory. Never the repository's root: a folder named like an
@@ -297,7 +306,7 @@ def spawn(command: Sequence[str], directory: Path, log_path: Path) -> subprocess
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONUNBUFFERED": "1"}
     with log_path.open("wb") as log:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-c", WITH_PARENT, *command],
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -347,7 +356,7 @@ def _wait_until_ready(server: Server) -> None:
             raise ServerError(f"the server ended with {code}\n{server.log_tail()}")
         if time.monotonic() > deadline:
             raise ServerError(f"not healthy in {READY_TIMEOUT_S:.0f} s\n{server.log_tail()}")
-        time.sleep(0.25)
+        time.sleep(0.5)
 
 
 def run_to_refusal(

@@ -61,28 +61,15 @@ class Profile:
     def load(cls, path: Path) -> Profile:
         """Read a shipped profile (JSON) without the plugin's own reader."""
         data = json.loads(path.read_text())
-        satellites: dict[tuple[int, int], tuple[int, ...]] = {}
-        for key, members in _pairs(data["satellites_of"]):
-            heads = [m[1] if isinstance(m, list) else m for m in members]
-            satellites[key] = tuple(int(h) for h in heads)
+        satellites = {
+            (cluster["layer"], cluster["pivot"]): tuple(cluster["satellites"])
+            for cluster in data["satellites_of"]
+        }
         profile = cls(data["roles"], data["allocation"], satellites)
-        followers = [(p[0], h) for p, heads in satellites.items() for h in heads]
+        followers = [(layer, h) for (layer, _), heads in satellites.items() for h in heads]
         if sorted(followers) != profile.heads(SATELLITE):
             raise ValueError(f"{path}: satellites_of does not name every satellite exactly once")
         return profile
-
-
-def _pairs(value: object) -> list[tuple[tuple[int, int], list[object]]]:
-    """Pivot -> members, from ``{"l,h": [...]}`` or ``[{"layer", "pivot", "satellites"}, ...]``."""
-    if isinstance(value, dict):
-        return [
-            ((int(layer), int(head)), list(members))
-            for key, members in value.items()
-            for layer, head in [key.replace(".", ",").strip("()[]").split(",")]
-        ]
-    if isinstance(value, list):
-        return [((e["layer"], e["pivot"]), list(e["satellites"])) for e in value]
-    raise ValueError(f"satellites_of is a {type(value).__name__}, expected an object or a list")
 
 
 @dataclass(frozen=True)

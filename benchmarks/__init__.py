@@ -1,0 +1,1 @@
+"""Measurements. Each one first checks that what it times gives the right result."""

@@ -1,0 +1,1 @@
+"""Tests against real SGLang servers, started as a user would start them."""

@@ -1,0 +1,118 @@
+"""Whatever happens to requests, every byte comes back."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.server.conftest import PromptSpec, policy_flags
+from tests.server.harness import Server, wait_until
+
+if TYPE_CHECKING:
+    from tests.server.conftest import Reference, ServerPool
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_REQUESTS = 200
+NUM_CLIENTS = 12
+# Compress from 128 tokens on, so that short prompts exercise what long ones would. The pool holds
+# about a third of what the clients ask for at once, so requests wait and are retracted.
+FLAGS = policy_flags(
+    *(0.5, "--kv-policy-min-tokens", "128"),
+    *("--chunked-prefill-size", "256", "--context-length", "2048"),
+)
+MAX_TOTAL_TOKENS = 3_000
+
+
+def leftovers(server: Server) -> dict[str, int]:
+    """Bytes and pages still in use, by area."""
+    state = server.heterocache()
+    used = {name: area["used_bytes"] for name, area in state["areas"].items()}
+    used["memd pages"] = state["memd"]["pages_used"]
+    return {name: amount for name, amount in used.items() if amount}
+
+
+def run_mixed(server: Server, reference: Reference, seed: int) -> str:
+    """One random request; how it ended ('length', 'abort' or 'dropped')."""
+    rng = random.Random(seed)
+    num_prompt = rng.choice((5, 40, 127, 128, 300, 500, 900))
+    num_tokens = rng.randint(1, 80)
+    ending = rng.choice(("length", "length", "abort", "dropped"))
+    spec = PromptSpec(rng.choice(("code", "prose")), num_prompt, 97 * seed)
+    prompt, rid = reference.ids(spec), f"mixed-{seed}"
+    if ending == "length":
+        answer = server.generate(prompt, num_tokens)
+        assert answer.finish_reason == "length"
+        assert len(answer.token_ids) == num_tokens
+        return ending
+    with server.stream(prompt, 80, rid=rid) as chunks:
+        # Some end while they wait or are in prefill, some in the middle of decoding.
+        after = rng.choice((0, 1, 7, 20))
+        if after:
+            for chunk in chunks:
+                if chunk.num_tokens >= after:
+                    break
+        if ending == "abort":
+            server.abort(rid)
+            for _ in chunks:
+                pass
+    return ending
+
+
+def test_200_mixed_requests_with_aborts_leave_nothing(
+    servers: ServerPool, reference: Reference
+) -> None:
+    server = servers.get(*FLAGS, max_total_tokens=MAX_TOTAL_TOKENS)
+    # Tokenizers are not meant for many threads; the prompts are made before.
+    seeds = range(NUM_REQUESTS)
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        endings = list(pool.map(lambda seed: run_mixed(server, reference, seed), seeds))
+    assert {kind: endings.count(kind) > 20 for kind in set(endings)} == {
+        "length": True,
+        "abort": True,
+        "dropped": True,
+    }
+    server.wait_until_idle()
+    wait_until(lambda: not leftovers(server), 20, lambda: f"still in use: {leftovers(server)}")
+    state = server.heterocache()
+    assert state["integrity"] == "ok"
+    assert state["full_equivalent_bytes"] == 0
+    assert state["memd"]["state"] == "alive"
+    # Otherwise this test would have exercised nothing.
+    assert state["drift"]["checks"] > 0
+    assert "retract" in server.log().lower()
+
+
+def test_answers_after_the_storm_are_those_of_before(
+    servers: ServerPool, reference: Reference
+) -> None:
+    server = servers.get(*FLAGS, max_total_tokens=MAX_TOTAL_TOKENS)
+    spec = PromptSpec("code", 900, 500)
+    before = server.generate(reference.ids(spec), 8)
+    others = [reference.ids(PromptSpec("prose", 400, 900 * i)) for i in range(6)]
+    server.generate_all(others, 4)
+    server.get("/flush_cache")
+    # The first tokens come before any fetch could land, so async retrieval cannot change them.
+    assert server.generate(reference.ids(spec), 8).token_ids == before.token_ids
+
+
+def test_used_bytes_while_decoding_are_the_ratios_share(
+    servers: ServerPool, reference: Reference
+) -> None:
+    server = servers.get(*policy_flags(0.5))
+    with server.stream(reference.ids(PromptSpec("code", 4_000)), 200) as chunks:
+        next(chunks)
+        # The prompt's rows have gone to memd a few steps later, and staging is free.
+        for chunk in chunks:
+            if chunk.num_tokens >= 10:
+                break
+        state = server.heterocache()
+    used = {name: area["used_bytes"] for name, area in state["areas"].items()}
+    held = used["resident"] + used["blocks"]
+    assert used["staging"] == 0
+    assert state["memd"]["pages_used"] > 0
+    # Half of the prompt, all of the tail, and blocks that are not full.
+    assert 0.48 <= held / state["full_equivalent_bytes"] <= 0.54

@@ -1,0 +1,94 @@
+"""Attention drifts on real prompts, and then memd's rows are fetched and installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.server.conftest import PromptSpec, policy_flags
+from tests.simulation.method import Method
+
+if TYPE_CHECKING:
+    from tests.server.conftest import Reference, ServerPool
+    from tests.server.harness import Server
+    from tests.simulation.engine import Trace
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Code drifts more than prose: every definition looks somewhere else.
+PROMPT = PromptSpec("code", 2_000)
+NUM_TOKENS = 96
+
+
+def counted(server: Server, reference: Reference) -> tuple[list[int], list[float], dict[str, Any]]:
+    """Tokens and log-probabilities of one request, and what it added to the counters."""
+    before = server.heterocache()
+    answer = server.generate(reference.ids(PROMPT), NUM_TOKENS, with_logprobs=True)
+    server.wait_until_idle()
+    after = server.heterocache()
+    assert after["integrity"] == "ok"
+    delta: dict[str, Any] = {
+        f"{group}.{name}": after[group][name] - before[group][name]
+        for group in ("drift", "fetches")
+        for name in after[group]
+    }
+    delta["bytes_fetched"] = after["bytes_fetched"] - before["bytes_fetched"]
+    return answer.token_ids, answer.logprobs, delta
+
+
+def num_missing_rows(trace: Trace) -> int:
+    """Rows that refreshed heads did not already hold: what a fetch has to bring."""
+    missing = 0
+    for new in trace.selections:
+        if new.step > 0:
+            old = trace.selection(new.layer, new.head, step=new.step - 1)
+            missing += len(set(new.positions.tolist()) - set(old.positions.tolist()))
+    return missing
+
+
+def test_sync_counters_are_the_simulations(servers: ServerPool, reference: Reference) -> None:
+    server = servers.get(*policy_flags(0.5, "--kv-policy-retrieval", "sync"))
+    tokens, _, delta = counted(server, reference)
+    # The simulation in the context of the server's own tokens.
+    simulation = reference.simulation(Method(0.5))
+    trace = simulation.follow(reference.prefill(PROMPT), tokens)
+    closest = min(check.distance for check in trace.checks)
+    assert closest > 0.5, "a verdict hangs on a tie; take another prompt"
+    assert trace.num_drifts > 0
+    assert delta["drift.checks"] == len(trace.checks)
+    assert delta["drift.events"] == trace.num_drifts
+    assert delta["fetches.issued"] == delta["fetches.installed"] > 0
+    assert delta["fetches.dropped"] == 0
+    # Only what is missing travels. A tie at a set's boundary may move a row or two.
+    expected = num_missing_rows(trace)
+    assert expected > 0
+    assert delta["bytes_fetched"] / reference.row_bytes == pytest.approx(expected, abs=4)
+
+
+def test_async_fetches_are_installed(servers: ServerPool, reference: Reference) -> None:
+    server = servers.get(*policy_flags(0.5))
+    tokens, _, delta = counted(server, reference)
+    assert len(tokens) == NUM_TOKENS
+    assert delta["drift.events"] > 0
+    assert delta["fetches.issued"] > 0
+    assert delta["fetches.installed"] > 0
+    # What is still under way when a request ends is dropped, nothing is lost or counted twice.
+    assert delta["fetches.issued"] == delta["fetches.installed"] + delta["fetches.dropped"]
+    assert delta["bytes_fetched"] > 0
+    assert delta["bytes_fetched"] % reference.row_bytes == 0
+
+
+def test_retrieval_off_never_fetches_and_answers_differently(
+    servers: ServerPool, reference: Reference
+) -> None:
+    server = servers.get(*policy_flags(0.5, "--kv-policy-retrieval", "off"))
+    before = server.heterocache()
+    answer = server.generate(reference.ids(PROMPT), NUM_TOKENS, with_logprobs=True)
+    after = server.heterocache()
+    assert after["fetches"]["issued"] == before["fetches"]["issued"] == 0
+    assert after["memd"]["state"] == "off"
+    stale = reference.judge(Method(0.5, is_retrieving=False), PROMPT, answer)
+    assert stale.is_accepted, stale.evidence
+    # So retrieval is what the sync server's answer owes to memd.
+    assert not reference.judge(Method(0.5), PROMPT, answer).is_accepted

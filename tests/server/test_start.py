@@ -1,0 +1,128 @@
+"""Flags and configuration file reach the policy; what cannot work is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.server.conftest import POLICY, PROFILE_PATH, policy_flags
+from tests.server.harness import run_to_refusal, start_server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.server.conftest import Reference, ServerPool
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
+
+# What each of these says is what a user has to find out what to do: flag, value, reason.
+REFUSED = {
+    "ratio under the floor": (policy_flags(0.2), r"--kv-policy-ratio.*0\.2.*floor"),
+    "ratio above one": (policy_flags(1.5), r"--kv-policy-ratio.*1\.5"),
+    "a flag without the policy": (
+        ("--kv-policy-ratio", "0.6"),
+        r"--kv-policy-ratio.*--kv-policy heterocache",
+    ),
+    "an unknown policy": (("--kv-policy", "magic"), r"--kv-policy.*magic.*heterocache"),
+    "no such profile": (
+        policy_flags(0.5, "--kv-policy-profile", "/nonexistent/profile.json"),
+        r"/nonexistent/profile\.json",
+    ),
+    "no such memd": (
+        policy_flags(0.5, "--kv-policy-memd", "ipc:///nonexistent/memd/control.sock"),
+        r"--kv-policy-memd.*/nonexistent/memd",
+    ),
+    "another attention backend": (
+        (*POLICY, "--attention-backend", "torch_native"),
+        r"--attention-backend torch_native",
+    ),
+    "speculative decoding": (
+        (*POLICY, "--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4"),
+        r"--speculative-algorithm",
+    ),
+    "mixed chunks": ((*POLICY, "--enable-mixed-chunk"), r"--enable-mixed-chunk"),
+    "8-bit KV": ((*POLICY, "--kv-cache-dtype", "fp8_e4m3"), r"--kv-cache-dtype fp8_e4m3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_by_name(
+    demo_model_dir: Path, tmp_path: Path, case: str
+) -> None:
+    flags, message = REFUSED[case]
+    code, output = run_to_refusal(demo_model_dir, tmp_path, *flags)
+    assert code != 0
+    assert re.search(message, output), output[-3000:]
+
+
+def test_a_profile_of_another_model_is_refused(demo_model_dir: Path, tmp_path: Path) -> None:
+    profile = json.loads(PROFILE_PATH.read_text())
+    profile["model"]["hidden_size"] += 64
+    del profile["digest"], profile["fingerprint"]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(profile))
+    flags = policy_flags(0.5, "--kv-policy-profile", str(path))
+    code, output = run_to_refusal(demo_model_dir, tmp_path / "server", *flags)
+    assert code != 0
+    assert "hidden_size" in output, output[-3000:]
+
+
+def test_an_edited_profile_is_refused(demo_model_dir: Path, tmp_path: Path) -> None:
+    profile = json.loads(PROFILE_PATH.read_text())
+    layer, head = next((i, row.index(1)) for i, row in enumerate(profile["roles"]) if 1 in row)
+    profile["allocation"][layer][head] += 0.25
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(profile))
+    flags = policy_flags(0.5, "--kv-policy-profile", str(path))
+    code, output = run_to_refusal(demo_model_dir, tmp_path / "server", *flags)
+    assert code != 0
+    assert "edited.json" in output, output[-3000:]
+
+
+def test_a_config_file_sets_the_same_flags(
+    demo_model_dir: Path, tmp_path: Path, reference: Reference
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        "kv-policy: heterocache\n"
+        "kv-policy-ratio: 0.7\n"
+        "kv-policy-drift-interval: 3\n"
+        "kv-policy-drift-threshold: 0.4\n"
+        "kv-policy-retrieval: sync\n"
+        "kv-policy-min-tokens: 64\n"
+        "kv-policy-memd-bytes: 512MiB\n"
+        f"kv-policy-profile: {PROFILE_PATH}\n"
+    )
+    with start_server(
+        *(demo_model_dir, tmp_path / "server", "--config", str(config)), max_total_tokens=4096
+    ) as server:
+        state = server.heterocache()
+    assert state["enabled"] is True
+    assert state["ratio"] == 0.7
+    assert state["drift_interval"] == 3
+    assert state["drift_threshold"] == 0.4
+    assert state["retrieval"] == "sync"
+    assert state["min_tokens"] == 64
+    assert state["profile"] == str(PROFILE_PATH)
+    assert state["floor"] == pytest.approx(reference.profile.floor)
+    assert state["prefix_reuse"] is False
+
+
+def test_auto_takes_the_shipped_profile_and_says_which(servers: ServerPool) -> None:
+    server = servers.get(*policy_flags(0.5))
+    assert server.heterocache()["profile"].endswith(PROFILE_PATH.name)
+    assert PROFILE_PATH.name in server.log()
+
+
+def test_without_the_flag_the_server_is_stock(servers: ServerPool) -> None:
+    server = servers.get()
+    state = server.state()
+    assert "heterocache" not in state
+    assert state["disable_radix_cache"] is False
+    assert state["attention_backend"] != "heterocache"
+    names = [" ".join(process.cmdline()) for process in server.descendants()]
+    assert not [name for name in names if "memd" in name]
+    assert "heterocache" not in server.log()
