@@ -130,16 +130,20 @@ void score_tile(const typename E::type* keys, const int64_t* offsets, int count,
   }
 }
 
-// acc[GT, D] = acc * scale_old + weights @ values, CV vectors of D at a time.
+// acc[GT, D] = acc * scale_old + weights @ values, CV vectors of D at a time. On the way the rows of
+// `next` are prefetched, one with each token.
 template <class E, int GT, int CV>
-void weigh_tile(const typename E::type* values, const int64_t* offsets, int count, int D,
+void weigh_tile(const typename E::type* values, const int64_t* offsets, int count,
+                const typename E::type* next, const int64_t* next_offsets, int next_count, int D,
                 const float* weights, const float* scale_old, float* acc) {
+  const int64_t row_bytes = D * sizeof(typename E::type);
   for (int d = 0; d < D; d += CV * kLanes) {
     vf a[GT][CV];
     for (int g = 0; g < GT; ++g)
       for (int c = 0; c < CV; ++c) a[g][c] = load(acc + g * D + d + c * kLanes) * scale_old[g];
     for (int t = 0; t < count; ++t) {
       const typename E::type* row = values + offsets[t] + d;
+      if (t < next_count) prefetch_row(next + next_offsets[t], row_bytes);
       vf v[CV];
       for (int c = 0; c < CV; ++c) v[c] = E::load(row + c * kLanes);
       for (int g = 0; g < GT; ++g) {
@@ -149,6 +153,7 @@ void weigh_tile(const typename E::type* values, const int64_t* offsets, int coun
     }
     for (int g = 0; g < GT; ++g)
       for (int c = 0; c < CV; ++c) store(acc + g * D + d + c * kLanes, a[g][c]);
+    next_count = 0;
   }
 }
 
@@ -165,14 +170,15 @@ void tile(const typename E::type* keys, const typename E::type* values, const in
   } else {
     score_tile<E, GT, 0>(keys, offsets, count, query, D, values, maximum, sum, weights, scale_old);
   }
-  const int64_t row_bytes = D * sizeof(typename E::type);
-  for (int i = 0; i < next_count; ++i) prefetch_row(keys + next_offsets[i], row_bytes);
   if (D % (4 * kLanes) == 0) {
-    weigh_tile<E, GT, 4>(values, offsets, count, D, weights, scale_old, acc);
+    weigh_tile<E, GT, 4>(values, offsets, count, keys, next_offsets, next_count, D, weights,
+                         scale_old, acc);
   } else if (D % (2 * kLanes) == 0) {
-    weigh_tile<E, GT, 2>(values, offsets, count, D, weights, scale_old, acc);
+    weigh_tile<E, GT, 2>(values, offsets, count, keys, next_offsets, next_count, D, weights,
+                         scale_old, acc);
   } else {
-    weigh_tile<E, GT, 1>(values, offsets, count, D, weights, scale_old, acc);
+    weigh_tile<E, GT, 1>(values, offsets, count, keys, next_offsets, next_count, D, weights,
+                         scale_old, acc);
   }
 }
 
