@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hetero_sglang.errors import ConfigError
 
-GENERATED_SHARE = 1.0 / 16.0
+GENERATED_SHARE = 1.0 / 32.0
 """Block rows set aside for generated tokens, as a share of the logical tokens.
 
 Generated tokens are appended to every head, so they cost full rows in the block pool. A

@@ -1,0 +1,136 @@
+"""Flags become settings, and wrong ones become one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from hetero_sglang.config import HeteroConfig, parse_bytes
+from hetero_sglang.errors import ConfigError
+from hetero_sglang.sglang_adapter import arguments, refusals
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    arguments.add_cli_args(lambda _: None, parser)
+    return parser.parse_args(words)
+
+
+def test_without_the_policy_there_are_no_settings() -> None:
+    assert arguments.config_from_namespace(parse()) is None
+
+
+def test_every_flag_reaches_its_field() -> None:
+    words = (
+        "--kv-policy heterocache --kv-policy-profile p.json --kv-policy-ratio 0.7 "
+        "--kv-policy-drift-threshold 0.4 --kv-policy-drift-interval 3 "
+        "--kv-policy-memd ipc:///run/memd.sock --kv-policy-memd-bytes 2GiB "
+        "--kv-policy-min-tokens 99 --kv-policy-retrieval sync"
+    )
+    assert arguments.config_from_namespace(parse(*words.split())) == HeteroConfig(
+        profile="p.json",
+        ratio=0.7,
+        drift_threshold=0.4,
+        drift_interval=3,
+        memd_address="ipc:///run/memd.sock",
+        memd_bytes=2 * 2**30,
+        min_tokens=99,
+        retrieval="sync",
+    )
+
+
+def test_settings_survive_the_way_to_another_process() -> None:
+    config = HeteroConfig(ratio=0.7, retrieval="off")
+    assert HeteroConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kv-policy-ratio 0.6", r"--kv-policy-ratio 0\.6 has no effect without"),
+        ("--kv-policy heterocache --kv-policy-ratio 0", r"--kv-policy-ratio.*0\.0"),
+        ("--kv-policy heterocache --kv-policy-ratio nan", r"--kv-policy-ratio.*nan"),
+        ("--kv-policy heterocache --kv-policy-drift-threshold 2", r"drift-threshold.*2\.0"),
+        ("--kv-policy heterocache --kv-policy-drift-interval 0", r"drift-interval.*got 0"),
+        ("--kv-policy heterocache --kv-policy-min-tokens 0", r"min-tokens.*got 0"),
+        ("--kv-policy heterocache --kv-policy-memd tcp://h:1", r"--kv-policy-memd .*tcp://h:1"),
+        ("--kv-policy heterocache --kv-policy-memd-bytes lots", r"memd-bytes 'lots'"),
+    ],
+)
+def test_a_wrong_value_names_flag_and_value(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        arguments.config_from_namespace(parse(*words.split()))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", 0), ("4096", 4096), ("512MiB", 2**29), ("1.5G", 3 * 2**29), ("8 GiB", 2**33)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+ON: dict[str, object] = {
+    "--device": "cuda",
+    "--disaggregation-mode": "prefill",
+    "--kv-cache-dtype": "fp8_e4m3",
+    "--page-size": 16,
+    "--kv-canary": "log",
+    "--speculative-algorithm": "EAGLE",
+    "--dllm-algorithm": "x",
+    "--radix-cache-backend": "flexkv",
+    **dict.fromkeys(("--pp-size", "--tp-size", "--dp-size", "--attn-cp-size", "--dcp-size"), 2),
+}
+
+
+@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.flag)
+def test_each_refusal_applies_and_names_flag_value_and_remedy(refusal: refusals.Refusal) -> None:
+    field = refusal.flag.lstrip("-").replace("-", "_")
+    value = ON.get(refusal.flag, True)
+    args = SimpleNamespace(**{"device": "cpu", field: value})
+    with pytest.raises(ConfigError, match=re.escape(f"{refusal.flag} {value} does not go")) as e:
+        refusals.check_server_args(args)
+    assert refusal.remedy in str(e.value)
+
+
+def test_refused_flags_exist_in_sglang() -> None:
+    import msgspec
+    from sglang.srt.server_args import ServerArgs
+
+    fields = {field.name for field in msgspec.structs.fields(ServerArgs)}
+    assert {r.flag.lstrip("-").replace("-", "_") for r in refusals.REFUSALS} <= fields
+
+
+def test_defaults_of_sglang_are_not_refused() -> None:
+    import msgspec
+    from sglang.srt.server_args import ServerArgs
+
+    defaults = {
+        field.name: field.default
+        for field in msgspec.structs.fields(ServerArgs)
+        if field.default is not msgspec.NODEFAULT
+    }
+    refusals.check_server_args(SimpleNamespace(**{**defaults, "device": "cpu"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"sliding_window": 4096}, "sliding-window"),
+        ({"mamba_d_state": 128}, "state-space"),
+    ],
+)
+def test_models_without_full_attention_are_refused(config: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        refusals.check_model_config(config)
+
+
+def test_a_window_that_is_switched_off_is_no_reason() -> None:
+    refusals.check_model_config({"sliding_window": 4096, "use_sliding_window": False})
+    refusals.check_model_config({"sliding_window": None, "layer_types": ["full_attention"]})
