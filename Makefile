@@ -142,7 +142,7 @@ bench: install ## Run a benchmark (OP=ops/..., OP=serving/decode, ARGS=)
 	  find benchmarks -name '*.py' ! -name '_*' ! -path '*/common/*' | sed 's|benchmarks/|  |; s|\.py$$||' | sort; \
 	  exit 1; \
 	fi
-	$(ENVIRONMENT) $(BIN)/python benchmarks/$(OP).py $(ARGS)
+	$(ENVIRONMENT) $(BIN)/python -m benchmarks.$(subst /,.,$(OP)) $(ARGS)
 
 .PHONY: clean
 clean: ## Remove the virtual environment, the demo model and every cache
