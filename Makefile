@@ -16,7 +16,7 @@ PORT ?= 30000
 RATIO ?= 0.5
 # Transformers directory or hub name; empty: the demo model.
 MODEL ?=
-# KV pool in tokens, and the type of weights and KV (CPU only; a GPU takes SGLang's own defaults).
+# KV pool in tokens, and the type of weights and KV (with DEVICE=cpu; else SGLang's own defaults).
 MAX_TOKENS ?= 32768
 DTYPE ?= float32
 # Further arguments of sglang.launch_server (make serve) or of the benchmark (make bench).
@@ -28,8 +28,9 @@ PYTEST_ARGS ?=
 OP ?=
 # Further arguments of pip, for example the index of CPU builds of torch.
 PIP_ARGS ?=
-# cpu or cuda; found by itself.
-DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+# cpu, or cuda for SGLang with its CUDA wheels. The policy itself runs on the CPU only so far, so cpu is
+# right on a machine with a GPU too: the GPU is hidden from it.
+DEVICE ?= cpu
 
 # -------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ STAMPS := $(VENV)/.stamps
 DEMO_MODEL := $(abspath .cache/demo-model)
 # pip shows its progress to a person, and only warnings to a log.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(MAKE_TERMOUT),,-q) $(PIP_ARGS)
-ENVIRONMENT := $(if $(filter cpu,$(DEVICE)),SGLANG_USE_CPU_ENGINE=1)
+ENVIRONMENT := $(if $(filter cpu,$(DEVICE)),SGLANG_USE_CPU_ENGINE=1 CUDA_VISIBLE_DEVICES=)
 
 .PHONY: help
 help: ## Say what can be made
@@ -108,15 +109,15 @@ serve: install ## Serve the demo model with HeteroCache (PORT=, RATIO=, MODEL=, 
 # Tests, checks, benchmarks -----------------------------------------------------------------------
 
 # The script, not `python -m pytest`: that would put the repository's root on the import path.
-PYTEST = $(ENVIRONMENT) $(BIN)/pytest $(PYTEST_ARGS)
+PYTEST = $(BIN)/pytest $(PYTEST_ARGS)
 
 .PHONY: test
 test: install ## All tests but those that need a GPU (TESTS=, PYTEST_ARGS=)
-	@$(PYTEST) -m "not gpu" $(TESTS)
+	@$(ENVIRONMENT) $(PYTEST) -m "not gpu" $(TESTS)
 
 .PHONY: test-fast
 test-fast: install ## As test, without those that start a server or take long
-	@$(PYTEST) -m "not gpu and not server and not slow" $(TESTS)
+	@$(ENVIRONMENT) $(PYTEST) -m "not gpu and not server and not slow" $(TESTS)
 
 .PHONY: test-gpu
 test-gpu: install ## The tests that need a CUDA device

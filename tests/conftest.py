@@ -31,8 +31,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def has_cuda() -> bool:
-    """Whether a CUDA device is there, without importing torch."""
-    return Path("/dev/nvidia0").exists() or Path("/dev/nvidia-uvm").exists()
+    """Whether a CUDA device is there and not hidden, without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
 
 
 # SGLang reads it on its first import, in this process and in the servers that tests start.
