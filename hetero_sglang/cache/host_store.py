@@ -10,6 +10,7 @@ names a row before its prompt is stored. This module never waits for memd on the
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,7 +130,7 @@ class HostStore:
 
         Args:
             row: Row of the request table.
-            timeout_s: Longest wait, seconds.
+            timeout_s: Longest wait in all, seconds.
 
         Returns:
             Whether every page of the row is assigned.
@@ -138,10 +139,13 @@ class HostStore:
         if held is None:
             return False
         self.poll()
+        deadline = time.monotonic() + timeout_s
         for reservation in list(self._reservations):
-            if np.any(self._page_of[held] == _PENDING) and self.is_available:
-                self.client.wait(reservation.ticket, timeout_s)
-                self._settle()
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not np.any(self._page_of[held] == _PENDING):
+                break
+            self.client.wait(reservation.ticket, remaining)
+            self._settle()
         return bool(np.all(self._page_of[held] >= 0))
 
     def store(
