@@ -67,3 +67,13 @@ def test_documents_name_only_make_targets_that_exist() -> None:
     used = {name for text in texts for name in re.findall(r"`make ([a-z-]+)", text.read_text())}
     assert used
     assert used <= targets
+
+
+def test_documents_link_only_to_files_that_exist() -> None:
+    broken = [
+        f"{text.relative_to(ROOT)} -> {target}"
+        for text in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text.read_text())
+        if not (text.parent / target).exists()
+    ]
+    assert not broken
