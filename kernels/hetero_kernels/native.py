@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -251,11 +251,14 @@ def open_library(level: str, directory: Path | None = None) -> Library:
         short = ctypes.PyDLL(str(path))
         long = ctypes.CDLL(str(path))
         version = short.hk_abi_version()
+        short.hk_struct_bytes.restype = c_int64
+        structs = (LayerStruct, BatchStruct, ScoreStruct, ExtendStruct)
+        sizes = [(ctypes.sizeof(s), short.hk_struct_bytes(i)) for i, s in enumerate(structs)]
         short.hk_source_digest.restype = ctypes.c_char_p
         digest = short.hk_source_digest().decode()
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path.name}: {error}") from error
-    if version != ABI_VERSION:
+    if version != ABI_VERSION or any(ours != theirs for ours, theirs in sizes):
         raise NativeError(f"{path.name} has interface version {version}, not {ABI_VERSION}")
     if build_native.SOURCE_DIR.is_dir() and digest != build_native.source_digest():
         raise NativeError(f"{path.name} was made from other sources")

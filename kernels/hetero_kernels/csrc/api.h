@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define HK_ABI_VERSION 2
+#define HK_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define HK_EXPORT extern "C" __declspec(dllexport)
@@ -115,6 +115,8 @@ typedef void (*HkParallel)(void (*)(void*), void*, unsigned, unsigned);
 
 HK_EXPORT int32_t hk_abi_version();
 HK_EXPORT const char* hk_source_digest();
+// Bytes of HkLayer (0), HkBatch (1), HkScore (2) and HkExtend (3).
+HK_EXPORT int64_t hk_struct_bytes(int32_t which);
 // GOMP_parallel of the OpenMP library that torch runs on; null: everything runs on one thread.
 HK_EXPORT void hk_set_parallel(HkParallel parallel);
 
