@@ -283,10 +283,11 @@ class Simulation:
         self._choose(trace, prompt.logits, forced)
         references = self._select(trace, state)
         recent: dict[Head, list[Tensor]] = {head: [] for head in references}
+        landing: dict[int, list[tuple[int, int, Tensor]]] = {}
         step = 0
         while step < num_tokens - 1:
-            # Nothing changes between two checks, so forced tokens go in one pass.
-            until = min(num_tokens - 1, (step // interval + 1) * interval)
+            # Nothing changes until the next check or landing, so forced tokens go in one pass.
+            until = min([num_tokens - 1, (step // interval + 1) * interval, *landing])
             stop = until if forced is not None else step + 1
             chunk = (forced or trace.tokens)[step:stop]
             self._choose(trace, _forward(self._model, state, chunk), forced)
@@ -296,9 +297,12 @@ class Simulation:
                 assert newest is not None
                 queries.extend(newest[head])
             if step % interval == 0:
-                self._check_drift(trace, state, references, recent, step)
+                refreshed = self._check_drift(trace, state, references, recent, step)
+                landing[step + self._method.landing_steps] = refreshed
                 for queries in recent.values():
                     queries.clear()
+            for layer, head, scores in landing.pop(step, ()):
+                self._keep(trace, state, step, layer, head, scores)
         return trace
 
     @staticmethod
@@ -352,7 +356,9 @@ class Simulation:
         references: dict[Head, Tensor],
         recent: dict[Head, list[Tensor]],
         step: int,
-    ) -> None:
+    ) -> list[tuple[int, int, Tensor]]:
+        """Check every pivot; the heads to refresh, as (layer, head, scores)."""
+        refreshed: list[tuple[int, int, Tensor]] = []
         threshold = self._method.drift_threshold
         for (layer, head), reference in references.items():
             keys = state.layer(layer).keys[head, : trace.num_prompt]
@@ -364,8 +370,8 @@ class Simulation:
             if has_drifted:
                 references[layer, head] = orders[-1]
                 if self._method.is_retrieving:
-                    for satellite in self._profile.satellites_of.get((layer, head), ()):
-                        self._keep(trace, state, step, layer, satellite, scores[-1])
+                    satellites = self._profile.satellites_of.get((layer, head), ())
+                    refreshed += [(layer, satellite, scores[-1]) for satellite in satellites]
             trace.checks.append(
                 DriftCheck(
                     step,
@@ -377,3 +383,4 @@ class Simulation:
                     references[layer, head],
                 )
             )
+        return refreshed

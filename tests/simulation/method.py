@@ -86,6 +86,9 @@ class Method:
     """Prompts shorter than this keep everything."""
     is_retrieving: bool = True
     """False: drift is seen but satellites keep their positions (retrieval off)."""
+    landing_steps: int = 0
+    """Steps that fetched rows are late; a refresh after step t counts from step t + 1 + this on.
+    Less than ``drift_interval``."""
 
 
 @dataclass(frozen=True)
