@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
     from tests.server.conftest import Reference, ServerPool
     from tests.server.harness import Server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -90,6 +95,27 @@ def test_a_frontend_program_generates_and_branches(server: Server) -> None:
     assert re.fullmatch("[1-9]", state["count"])
     assert len(state["tips"]) == 2
     assert all(tip.strip() for tip in state["tips"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("chat.py", ("--once", "What is the capital of France?"), "Paris"),
+        ("frontend.py", (), r"days: [1-9]"),
+        ("long_document.py", (), r"kept .* MiB, [1-9]\d* drift checks"),
+    ],
+)
+def test_examples_run(
+    server: Server, script: str, arguments: tuple[str, ...], expected: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, "--url", server.url, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(expected, done.stdout), done.stdout
 
 
 def test_sampling_with_penalties_and_several_choices(client: openai.OpenAI) -> None:
