@@ -314,12 +314,12 @@ class HeteroRuntime:
             Attention output, like ``q``.
         """
         self._scale = scale
-        out = torch.empty_like(q)
+        parts: list[torch.Tensor] = []
         for span in spans:
             tokens = slice(span.start, span.start + span.num_new)
             keys, values = self._write_chunk(layer, k[tokens], v[tokens], span)
-            out[tokens] = extend_attention(
-                q[tokens], keys, values, prefix_len=span.prefix_len, scale=scale
+            parts.append(
+                extend_attention(q[tokens], keys, values, prefix_len=span.prefix_len, scale=scale)
             )
             prefill = self._prefills[span.row]
             if prefill.is_last_chunk:
@@ -327,7 +327,7 @@ class HeteroRuntime:
                 self._compress_layer(layer, span.row, prefill, last, keys, values, scale)
                 if layer == len(self.tables.layers) - 1:
                     self._finish_prefill(span.row, prefill)
-        return out
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _write_chunk(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, span: ExtendSpan
