@@ -26,8 +26,8 @@ constexpr int kMaxTile = 64;
 constexpr int64_t kTileBytes = 8192;
 constexpr int64_t kMinSpan = 256;
 constexpr int64_t kMaxSpan = 1024;
-// Below this many token rows a second thread costs more than it takes off (measured: even at 60
-// rows of 64 fp32, while torch's threads are warm; cold ones have to be woken).
+// Below this many token rows a second thread costs more than it takes off. With warm threads the
+// two are even at 60 rows of 64 fp32; cold threads have to be woken, and on a busy machine waited for.
 constexpr int64_t kMinParallelRows = 128;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 

@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int64_t kChunkBytes = 256 * 1024;
+// What a thread takes at a time, and what is worth a second thread.
+constexpr int64_t kChunkBytes = 128 * 1024;
+constexpr int64_t kMinParallelBytes = 512 * 1024;
 
 template <class Copy>
 void move_rows(int64_t num_rows, int64_t row_bytes, int32_t num_threads, Copy copy) {
@@ -23,7 +25,8 @@ void move_rows(int64_t num_rows, int64_t row_bytes, int32_t num_threads, Copy co
       for (int64_t i = begin; i < end; ++i) copy(i);
     }
   };
-  hk::parallel(static_cast<int>(std::min<int64_t>(num_threads, num_chunks)), body);
+  const bool small = num_rows * row_bytes < kMinParallelBytes;
+  hk::parallel(static_cast<int>(std::min<int64_t>(small ? 1 : num_threads, num_chunks)), body);
 }
 
 }  // namespace

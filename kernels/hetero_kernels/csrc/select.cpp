@@ -11,6 +11,9 @@ namespace {
 
 thread_local Scratch t_select;
 
+// Scores that are worth a second thread: about 20 us of work.
+constexpr int64_t kMinParallelScores = 16384;
+
 }  // namespace
 }  // namespace hk
 
@@ -53,5 +56,6 @@ void hk_top_positions(const float* scores, int64_t num_rows, int64_t length, int
       std::fill(out + count, out + positions_stride, -1);
     }
   };
-  parallel(static_cast<int>(std::min<int64_t>(num_threads, num_rows)), body);
+  const bool small = num_rows * length < kMinParallelScores;
+  parallel(static_cast<int>(std::min<int64_t>(small ? 1 : num_threads, num_rows)), body);
 }

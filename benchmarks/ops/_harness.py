@@ -1,0 +1,129 @@
+"""What the benchmarks of operations share: timing, the table, the file."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import machine, results
+from hetero_kernels import native_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Row:
+    """One line of the table: an operation at one shape.
+
+    Attributes:
+        case: Shape in words.
+        dtype: Dtype's name.
+        native_us: Time of the compiled kernel.
+        torch_us: Time of the torch implementation; ``None`` if not timed.
+        num_bytes: Bytes that have to be read; 0 where that is not the point.
+        num_flops: Floating-point operations; 0 where that is not the point.
+    """
+
+    case: str
+    dtype: str
+    native_us: float
+    torch_us: float | None = None
+    num_bytes: int = 0
+    num_flops: int = 0
+
+
+def timed_us(function: Callable[[], object], budget_s: float = 1.0) -> float:
+    """Microseconds of a call: the best of five medians, as other processes only ever slow us down.
+
+    Args:
+        function: What to time; called once before, to warm up.
+        budget_s: Time to spend.
+    """
+    function()
+    start = time.perf_counter()
+    function()
+    calls = max(3, min(1000, int(budget_s / 5 / max(1e-6, time.perf_counter() - start))))
+    medians = []
+    for _ in range(5):
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+    return min(medians) * 1e6
+
+
+def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None:
+    """Run a benchmark from the command line, print its table and write its file.
+
+    Args:
+        name: The operation.
+        rows: Yields results for the parsed options, each checked before it is timed.
+    """
+    parser = argparse.ArgumentParser(description=f"Time {name}.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--out", type=Path, help="result file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    console = Console(width=110)
+    before = machine.read_bandwidth_gb_s()
+    measured = list(rows(options))
+    # Again afterwards: the better one is what the memory can do.
+    bandwidth = max(before, machine.read_bandwidth_gb_s())
+    table = Table(title=f"{name} ({native_status()}, {options.threads} threads)")
+    for column in (
+        "case",
+        "dtype",
+        "native us",
+        "torch us",
+        "ratio",
+        "GB/s",
+        "of memory",
+        "GFLOP/s",
+    ):
+        table.add_column(column, justify="left" if column in ("case", "dtype") else "right")
+    for row in measured:
+        speed = row.num_bytes / row.native_us / 1e3
+        table.add_row(
+            row.case,
+            row.dtype,
+            f"{row.native_us:,.1f}",
+            f"{row.torch_us:,.1f}" if row.torch_us else "",
+            f"{row.torch_us / row.native_us:.1f}x" if row.torch_us else "",
+            f"{speed:.1f}" if row.num_bytes else "",
+            f"{speed / bandwidth:.0%}" if row.num_bytes else "",
+            f"{row.num_flops / row.native_us / 1e3:.0f}" if row.num_flops else "",
+        )
+    console.print(table)
+    console.print(f"memory reads at {bandwidth:.1f} GB/s (fp32 sum, {options.threads} threads)")
+    report: dict[str, Any] = {
+        "machine": machine.describe(),
+        "kernels": native_status(),
+        "threads": options.threads,
+        "read_bandwidth_gb_s": bandwidth,
+        "rows": [asdict(row) for row in measured],
+    }
+    console.print(f"written: {results.save(f'ops-{name}', report, options.out)}")
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Refuse to time a wrong result.
+
+    Raises:
+        AssertionError: It differs from the reference.
+    """
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

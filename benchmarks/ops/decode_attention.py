@@ -1,0 +1,82 @@
+"""Decode step of all layers at SmolLM2's shape: 3 KV heads of 64, one resident, two compressed.
+
+``make bench OP=ops/decode_attention``
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.ops._harness import DTYPES, Row, check, main, timed_us
+from hetero_kernels import DecodeBatch, DecodeLayer
+from hetero_kernels.testing import TOLERANCE, make_decode_case
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from hetero_kernels.dispatch import Impl
+
+NUM_LAYERS = 30
+CONTEXTS = (128, 1024, 4096, 8192)
+SHARE_KEPT = 0.5
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """One row per context, batch and dtype; times are per layer."""
+    for name in options.dtypes:
+        dtype = DTYPES[name]
+        for batch_size, context in [(1, n) for n in CONTEXTS] + [(5, 1024), (5, 8192)]:
+            yield measure(dtype, name, batch_size, context, scattered=False)
+        yield measure(dtype, name, 1, 8192, scattered=True)
+
+
+def measure(dtype: torch.dtype, name: str, batch_size: int, context: int, scattered: bool) -> Row:
+    """Check one layer against the reference, then time all of them."""
+    kept = int(context * SHARE_KEPT)
+    cases = [
+        make_decode_case(
+            prompt_lens=[context] * batch_size,
+            kept_lens=[[kept, kept]] * batch_size,
+            generated=[8] * batch_size,
+            head_map=[-1, 0, -2],
+            group_size=3,
+            head_dim=64,
+            dtype=dtype,
+            scattered=scattered,
+            seed=seed,
+        )
+        for seed in range(max(2, NUM_LAYERS // batch_size))
+    ]
+    batches = [DecodeBatch(case.rows, case.seq_lens, case.token_ids) for case in cases]
+    out = torch.empty_like(cases[0].q)
+
+    def layers(impl: Impl) -> list[DecodeLayer]:
+        return [DecodeLayer(case.layer, impl=impl) for case in cases]
+
+    native = layers("native")
+    for layer, case, batch in zip(native, cases, batches, strict=True):
+        layer.append(case.k, case.v, None, batch)
+    expected = DecodeLayer(cases[0].layer, impl="reference").attend(
+        cases[0].q, torch.empty_like(out), batches[0]
+    )
+    check(native[0].attend(cases[0].q, out, batches[0]), expected, 2 * TOLERANCE[dtype])
+
+    def step(run: list[DecodeLayer]) -> None:
+        for layer, case, batch in zip(run, cases, batches, strict=True):
+            layer.attend(case.q, out, batch)
+
+    tokens = batch_size * (context + 8 + 2 * (kept + 8))
+    return Row(
+        case=f"batch {batch_size}, {context} tokens{', scattered' if scattered else ''}",
+        dtype=name,
+        native_us=timed_us(lambda: step(native)) / len(cases),
+        torch_us=timed_us(lambda: step(layers("torch"))) / len(cases),
+        num_bytes=tokens * 2 * 64 * dtype.itemsize,
+    )
+
+
+if __name__ == "__main__":
+    main("decode_attention", rows)
