@@ -128,14 +128,8 @@ class HeteroAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Attention of a prompt chunk, [num_tokens, num_q_heads * head_dim]."""
         self._check_layer(layer, save_kv_cache)
-        out = self.runtime.extend_layer(
-            layer.layer_id,
-            q.view(-1, self._num_q_heads, self._head_dim),
-            k.view(-1, self._num_kv_heads, self._head_dim),
-            v.view(-1, self._num_kv_heads, self._head_dim),
-            self._spans,
-            layer.scaling,
-        )
+        heads = self._by_head(q, k, v)
+        out = self.runtime.extend_layer(layer.layer_id, *heads, self._spans, layer.scaling)
         return out.view(-1, self._num_q_heads * self._head_dim)
 
     def forward_decode(
@@ -150,13 +144,18 @@ class HeteroAttentionBackend(AttentionBackend):
         """Attention of one new token a request, [num_reqs, num_q_heads * head_dim]."""
         self._check_layer(layer, save_kv_cache)
         out = self.runtime.decode_layer(
-            layer.layer_id,
+            layer.layer_id, *self._by_head(q, k, v), scale=layer.scaling
+        )
+        return out.view(-1, self._num_q_heads * self._head_dim)
+
+    def _by_head(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
             q.view(-1, self._num_q_heads, self._head_dim),
             k.view(-1, self._num_kv_heads, self._head_dim),
             v.view(-1, self._num_kv_heads, self._head_dim),
-            layer.scaling,
         )
-        return out.view(-1, self._num_q_heads * self._head_dim)
 
     @staticmethod
     def _check_layer(layer: Any, save_kv_cache: bool) -> None:
