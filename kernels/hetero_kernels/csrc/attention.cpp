@@ -31,6 +31,32 @@ constexpr int64_t kMaxSpan = 1024;
 constexpr int64_t kMinParallelRows = 128;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
+// How rows become fp32 vectors: kVectors at a time, in an order of elements that is the type's own
+// but the same for keys, queries and values, so that only load and store know it.
+template <class E>
+struct InOrder {
+  typedef typename E::type type;
+  static constexpr int kVectors = 1;
+  static HK_INLINE void load(const type* p, vf* out) { out[0] = E::load(p); }
+  static HK_INLINE void store(type* p, const vf* in) { E::store(p, in[0]); }
+};
+
+// Two bf16 in each 32-bit lane: the even ones need a shift and the odd ones a mask, where widening
+// in order needs a shuffle for each vector. For head dimensions that are multiples of 2 kLanes.
+struct Bf16Pairs {
+  typedef uint16_t type;
+  static constexpr int kVectors = 2;
+  static HK_INLINE void load(const type* p, vf* out) {
+    const vu pairs = load_u32(p);
+    out[0] = (vf)(pairs << 16);
+    out[1] = (vf)(pairs & 0xffff0000u);
+  }
+  static HK_INLINE void store(type* p, const vf* in) {
+    const vu pairs = BF16::round(in[0]) | BF16::round(in[1]) << 16;
+    memcpy(p, &pairs, sizeof pairs);
+  }
+};
+
 struct Span {
   int64_t begin;
   int64_t end;
@@ -95,12 +121,14 @@ void score_tile(const typename E::type* keys, const int64_t* offsets, int count,
       for (int g = 0; g < GT; ++g)
         for (int i = 0; i < 4; ++i) acc[g][i] = vf{};
 #pragma GCC unroll 8
-      for (int d = 0; d < D; d += kLanes) {
-        vf k[4];
-        for (int i = 0; i < 4; ++i) k[i] = E::load(rows[i] + d);
-        for (int g = 0; g < GT; ++g) {
-          const vf q = load(query + g * D + d);
-          for (int i = 0; i < 4; ++i) acc[g][i] += k[i] * q;
+      for (int d = 0; d < D; d += E::kVectors * kLanes) {
+        vf k[4][E::kVectors];
+        for (int i = 0; i < 4; ++i) E::load(rows[i] + d, k[i]);
+        for (int n = 0; n < E::kVectors; ++n) {
+          for (int g = 0; g < GT; ++g) {
+            const vf q = load(query + g * D + d + n * kLanes);
+            for (int i = 0; i < 4; ++i) acc[g][i] += k[i][n] * q;
+          }
         }
       }
       for (int g = 0; g < GT; ++g) {
@@ -146,7 +174,7 @@ void weigh_tile(const typename E::type* values, const int64_t* offsets, int coun
       const typename E::type* row = values + offsets[t] + d;
       if (t < next_count) prefetch_row(next + next_offsets[t], row_bytes);
       vf v[CV];
-      for (int c = 0; c < CV; ++c) v[c] = E::load(row + c * kLanes);
+      for (int c = 0; c < CV; c += E::kVectors) E::load(row + c * kLanes, v + c);
       for (int g = 0; g < GT; ++g) {
         const vf w = splat(weights[g * kMaxTile + t]);
         for (int c = 0; c < CV; ++c) a[g][c] += w * v[c];
@@ -177,7 +205,7 @@ void tile(const typename E::type* keys, const typename E::type* values, const in
   } else if (D % (2 * kLanes) == 0) {
     weigh_tile<E, GT, 2>(values, offsets, count, keys, next_offsets, next_count, D, weights,
                          scale_old, acc);
-  } else {
+  } else if constexpr (E::kVectors == 1) {
     weigh_tile<E, GT, 1>(values, offsets, count, keys, next_offsets, next_count, D, weights,
                          scale_old, acc);
   }
@@ -242,12 +270,14 @@ void finish_head(const float* partials, int count, int G, int D, typename E::typ
       const float* p = partials + i * stride;
       if (p[g] != kNegInf) total += p[G + g] * std::exp(p[g] - maximum);
     }
-    for (int d = 0; d < D; d += kLanes) {
-      vf value = vf{};
+    for (int d = 0; d < D; d += E::kVectors * kLanes) {
+      vf value[E::kVectors] = {};
       for (int i = 0; i < count; ++i) {
         const float* p = partials + i * stride;
-        if (p[g] != kNegInf) {
-          value += load(p + 2 * G + int64_t{g} * D + d) * (std::exp(p[g] - maximum) / total);
+        if (p[g] == kNegInf) continue;
+        const float share = std::exp(p[g] - maximum) / total;
+        for (int n = 0; n < E::kVectors; ++n) {
+          value[n] += load(p + 2 * G + int64_t{g} * D + d + n * kLanes) * share;
         }
       }
       E::store(out + int64_t{g} * D + d, value);
@@ -329,7 +359,13 @@ void decode(const HkLayer& layer, const HkBatch& batch, const typename E::type* 
       if (index >= num_spans) return;
       const Span& span = spans[index];
       const typename E::type* q_rows = q + span.request * q_stride + int64_t{span.head} * G * D;
-      for (int i = 0; i < G * D; i += kLanes) store(query + i, E::load(q_rows + i) * layer.scale);
+      for (int i = 0; i < G * D; i += E::kVectors * kLanes) {
+        vf values[E::kVectors];
+        E::load(q_rows + i, values);
+        for (int n = 0; n < E::kVectors; ++n) {
+          store(query + i + n * kLanes, values[n] * layer.scale);
+        }
+      }
       const RowMap map = head_rows(layer, batch, span.request, span.head);
       const bool resident = map.block_stride == 0;
       const auto* keys =
@@ -353,17 +389,19 @@ void decode(const HkLayer& layer, const HkBatch& batch, const typename E::type* 
 
 void hk_decode_attention(const HkLayer* layer, const HkBatch* batch, const void* q, int64_t q_stride,
                          void* out, int64_t out_stride) {
-  switch (layer->dtype) {
-    case HK_F32:
-      hk::decode<hk::F32>(*layer, *batch, static_cast<const float*>(q), q_stride,
-                          static_cast<float*>(out), out_stride);
-      break;
-    case HK_BF16:
-      hk::decode<hk::BF16>(*layer, *batch, static_cast<const uint16_t*>(q), q_stride,
-                           static_cast<uint16_t*>(out), out_stride);
-      break;
-    default:
-      hk::decode<hk::F16>(*layer, *batch, static_cast<const uint16_t*>(q), q_stride,
-                          static_cast<uint16_t*>(out), out_stride);
+  const auto run = [&](auto type) {
+    typedef decltype(type) E;
+    typedef typename E::type T;
+    hk::decode<E>(*layer, *batch, static_cast<const T*>(q), q_stride, static_cast<T*>(out),
+                  out_stride);
+  };
+  if (layer->dtype == HK_F32) {
+    run(hk::InOrder<hk::F32>{});
+  } else if (layer->dtype == HK_F16) {
+    run(hk::InOrder<hk::F16>{});
+  } else if (layer->head_dim % (2 * hk::kLanes) == 0) {
+    run(hk::Bf16Pairs{});
+  } else {
+    run(hk::InOrder<hk::BF16>{});
   }
 }

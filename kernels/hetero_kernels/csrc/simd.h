@@ -107,12 +107,15 @@ struct BF16 {
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
   }
-  // Round to nearest, ties to even; a NaN stays a NaN.
-  static HK_INLINE void store(type* p, vf v) {
+  // Bits of the nearest bf16, ties to even, in the lower half of each lane; a NaN stays a NaN.
+  static HK_INLINE vu round(vf v) {
     const vu u = (vu)v;
     const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const vu nan = vu{} + 0x7fc0u;
-    const vh h = __builtin_convertvector(v == v ? rounded : nan, vh);
+    return v == v ? rounded : nan;
+  }
+  static HK_INLINE void store(type* p, vf v) {
+    const vh h = __builtin_convertvector(round(v), vh);
     memcpy(p, &h, sizeof h);
   }
 };
