@@ -44,20 +44,25 @@ class Row:
 
 
 def timed_us(function: Callable[[], object], budget_s: float = 1.0) -> float:
-    """Microseconds of a call: the best of five medians, as other processes only ever slow us down.
+    """Microseconds of a call: the best median of many short rounds.
+
+    Other processes only ever slow us down, and a round is short enough to fall between them.
 
     Args:
-        function: What to time; called once before, to warm up.
+        function: What to time; called twice before, to warm up.
         budget_s: Time to spend.
     """
     function()
     start = time.perf_counter()
     function()
-    calls = max(3, min(1000, int(budget_s / 5 / max(1e-6, time.perf_counter() - start))))
+    seconds = max(1e-6, time.perf_counter() - start)
+    num_rounds = 25
+    num_calls = max(1, min(200, int(budget_s / num_rounds / seconds)))
     medians = []
-    for _ in range(5):
+    deadline = time.perf_counter() + 3 * budget_s
+    while len(medians) < num_rounds and (len(medians) < 3 or time.perf_counter() < deadline):
         times = []
-        for _ in range(calls):
+        for _ in range(num_calls):
             start = time.perf_counter()
             function()
             times.append(time.perf_counter() - start)
