@@ -168,6 +168,7 @@ def serve(options: argparse.Namespace, dtype: str, name: str, *flags: str) -> It
                 *(options.model, Path(directory), *flags),
                 max_total_tokens=2 * CONTEXT_LENGTH,
                 dtype=dtype,
+                environment={},
             )
         )
         console.print(f"{dtype}: {name} runs")

@@ -22,7 +22,7 @@ import psutil
 import requests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 READY_TIMEOUT_S = 240.0
@@ -30,6 +30,9 @@ READY_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 60
+# Threads of GNU OpenMP wait for each other by spinning. Where other work wants the cores too, that
+# makes a server several times slower; sleeping costs little. Benchmarks leave it as users have it.
+SHARED_CORES = {"GOMP_SPINCOUNT": "0"}
 # Asks the kernel to end a server whose starter has died, then becomes the server.
 WITH_PARENT = (
     "import ctypes, os, signal, sys\n"
@@ -292,7 +295,9 @@ def launch_command(
     ]
 
 
-def spawn(command: Sequence[str], directory: Path, log_path: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], directory: Path, log_path: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     """Start a command as leader of a new process group, its output going to a file.
 
     It ends when this thread ends, even by SIGKILL.
@@ -302,13 +307,14 @@ def spawn(command: Sequence[str], directory: Path, log_path: Path) -> subprocess
         directory: Working directory. Never the repository's root: a folder named like an
             installed package would be imported in its place.
         log_path: Takes stdout and stderr.
+        environment: Variables beside this process's own.
     """
-    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONUNBUFFERED": "1"}
+    required = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONUNBUFFERED": "1"}
     with log_path.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", WITH_PARENT, *command],
             cwd=directory,
-            env=environment,
+            env=os.environ | required | dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -323,6 +329,7 @@ def start_server(
     *flags: str,
     max_total_tokens: int = 32768,
     dtype: str = "float32",
+    environment: Mapping[str, str] = SHARED_CORES,
 ) -> Iterator[Server]:
     """A server that answers /health, for the length of the block.
 
@@ -332,6 +339,7 @@ def start_server(
         flags: More arguments of ``sglang.launch_server``.
         max_total_tokens: KV capacity in tokens.
         dtype: Weights and KV.
+        environment: Variables beside this process's own.
 
     Raises:
         ServerError: it ended or was not healthy in time; with the end of its log.
@@ -340,7 +348,7 @@ def start_server(
     port = free_port()
     command = launch_command(model_dir, port, flags, max_total_tokens=max_total_tokens, dtype=dtype)
     log_path = directory / "server.log"
-    server = Server(spawn(command, directory, log_path), port, log_path)
+    server = Server(spawn(command, directory, log_path, environment), port, log_path)
     try:
         _wait_until_ready(server)
         yield server
@@ -371,7 +379,7 @@ def run_to_refusal(
     port = free_port()
     command = launch_command(model_dir, port, flags, max_total_tokens=4096, dtype="float32")
     log_path = directory / "server.log"
-    server = Server(spawn(command, directory, log_path), port, log_path)
+    server = Server(spawn(command, directory, log_path, SHARED_CORES), port, log_path)
     try:
         deadline = time.monotonic() + timeout_s
         while (code := server.process.poll()) is None:

@@ -161,6 +161,7 @@ def test_a_running_memd_takes_a_killed_servers_pages_back(
             END_TIMEOUT_S,
             lambda: f"pages are still used: {memd_status(own_memd)}",
         )
+    assert memd_status(own_memd)["region"]["free_bytes"] == empty["region"]["free_bytes"]
     # The next server finds all of the room.
     with start_server(demo_model_dir, tmp_path / "next", *flags, max_total_tokens=8192) as server:
         assert len(server.generate(reference.ids(PROMPTS[1]), 12).token_ids) == 12
@@ -171,5 +172,7 @@ def test_a_running_memd_takes_a_killed_servers_pages_back(
 
 def used_pages(status: dict[str, Any]) -> int:
     """Pages that clients hold."""
-    pages: int = status["pages_used"]
+    pages: int = sum(
+        client["pages_reserved"] + client["pages_sealed"] for client in status["clients"]
+    )
     return pages
