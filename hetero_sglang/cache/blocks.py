@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hetero_sglang.cache.memory import allocate_pool
 from hetero_sglang.errors import ResidencyError
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class BlockPool:
         """
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
-        self.k = torch.empty(num_blocks, block_tokens, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        self.k = allocate_pool((num_blocks, block_tokens, head_dim), dtype, device)
+        self.v = allocate_pool((num_blocks, block_tokens, head_dim), dtype, device)
         self.positions = torch.full((num_blocks, block_tokens), -1, dtype=torch.int32)
         max_blocks = -(-(context_tokens + 1) // block_tokens)
         self.table = torch.full((num_rows, num_compressed, max_blocks), -1, dtype=torch.int32)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from bisect import insort
 from typing import TYPE_CHECKING
 
-import torch
-
+from hetero_sglang.cache.memory import allocate_pool
 from hetero_sglang.errors import ResidencyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    import torch
 
 
 class ExtentAllocator:
@@ -110,8 +111,8 @@ class StagingPool:
             dtype: Storage dtype.
             device: Device of the pool.
         """
-        self.k = torch.empty(num_compressed, num_tokens, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        self.k = allocate_pool((num_compressed, num_tokens, head_dim), dtype, device)
+        self.v = allocate_pool((num_compressed, num_tokens, head_dim), dtype, device)
         self.extents = ExtentAllocator(num_tokens)
 
     @property

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from hetero_sglang.cache.memory import allocate_pool
 from hetero_sglang.errors import ResidencyError
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class HeteroKVPool(MHATokenToKVPool):
         setup = self.setup
         self.shape = setup.rule.shape_for(self.size)
         dims = (setup.tables.num_planes, self.size + self.page_size, setup.head_dim)
-        self.k_resident = torch.zeros(dims, dtype=self.store_dtype, device=self.device)
-        self.v_resident = torch.zeros(dims, dtype=self.store_dtype, device=self.device)
+        self.k_resident = allocate_pool(dims, self.store_dtype, self.device)
+        self.v_resident = allocate_pool(dims, self.store_dtype, self.device)
         # Views a layer, for code of SGLang that only counts or names buffers.
         self.k_buffer = [self.k_resident[heads.planes] for heads in setup.tables.layers]
         self.v_buffer = [self.v_resident[heads.planes] for heads in setup.tables.layers]
