@@ -30,6 +30,8 @@ READY_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 60
+RETRACTED = "#retracted_reqs: "
+"""What SGLang's log has where running requests had to give their memory back."""
 # Threads of GNU OpenMP wait for each other by spinning. Where other work wants the cores too, that
 # makes a server several times slower; sleeping costs little. Benchmarks leave it as users have it.
 SHARED_CORES = {"GOMP_SPINCOUNT": "0"}
