@@ -8,6 +8,7 @@ service in this process, whose replies the machine can hold back or kill.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -296,3 +297,4 @@ class Machine(RuleBasedStateMachine):
 
 TestRuntime = Machine.TestCase
 TestRuntime.settings = settings(stateful_step_count=30, max_examples=40)
+TestRuntime.pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
