@@ -641,11 +641,9 @@ class HeteroRuntime:
         if self.store is None:
             return {"state": "off"}
         return {
-            "state": "connected" if self.store.is_available else "lost",
-            "pages": self.store.client.num_pages,
+            **self.store.client.stats(),
             "pages_used": self.store.num_pages_used,
             "stored_bytes": self.store.stored_bytes,
-            **self.store.client.stats(),
         }
 
     def kept_positions(self, row: int) -> list[NDArray[np.int64]] | None:
