@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -27,10 +28,11 @@ NEW_TOKENS = 32
 STOCK_REQUESTS = 14
 STOCK_TOKENS = STOCK_REQUESTS * (PROMPT_TOKENS + NEW_TOKENS) + 400
 GAIN = 1.7
+POLICY_REQUESTS = math.ceil(GAIN * STOCK_REQUESTS)
 # The policy's pools take fewer bytes for a token of SGLang's; the test checks that these tokens
 # cost no more bytes than stock's.
 POLICY_TOKENS = int(1.74 * STOCK_TOKENS)
-FLAGS = ("--context-length", "3200", "--max-running-requests", "40")
+FLAGS = ("--context-length", "3072", "--max-running-requests", "40")
 
 
 def peak_concurrency(server: Server, prompts: list[list[int]]) -> int:
@@ -66,14 +68,14 @@ def test_ratio_half_runs_1_7_times_the_requests_in_the_same_bytes(
 ) -> None:
     prompts = [
         reference.ids(PromptSpec("prose", PROMPT_TOKENS, 4_000 * i))
-        for i in range(int(2 * STOCK_REQUESTS))
+        for i in range(POLICY_REQUESTS + 1)
     ]
     stock_bytes = STOCK_TOKENS * reference.token_bytes
     with start_server(
         demo_model_dir, tmp_path / "stock", *FLAGS, max_total_tokens=STOCK_TOKENS
     ) as server:
         assert server.state()["max_total_tokens"] == STOCK_TOKENS
-        stock = peak_concurrency(server, prompts)
+        stock = peak_concurrency(server, prompts[: STOCK_REQUESTS + 2])
     assert stock == STOCK_REQUESTS
     with start_server(
         *(demo_model_dir, tmp_path / "policy", *FLAGS, *policy_flags(0.5)),
@@ -84,5 +86,5 @@ def test_ratio_half_runs_1_7_times_the_requests_in_the_same_bytes(
         policy = peak_concurrency(server, prompts)
         logger.info("%d and %d requests in %d MiB", stock, policy, stock_bytes >> 20)
         state = server.heterocache()
-    assert policy >= GAIN * stock
+    assert policy >= POLICY_REQUESTS
     assert state["integrity"] == "ok"
