@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
@@ -109,12 +110,14 @@ class HeteroPrefillBudget(PrefillBudget):
             self._staged.append(num_tokens)
             self._blocks += blocks
 
+    def has_staging(self, num_tokens: int) -> bool:
+        """Whether a prompt of this length can be staged beside those admitted in this pass."""
+        return self._runtime.staging.extents.fits([*self._staged, num_tokens])
+
     def _fits(self, num_tokens: int, new_tokens: int) -> bool:
         runtime = self._runtime
         blocks = runtime.blocks_for_prompt(num_tokens) + runtime.blocks_for_growth(new_tokens)
         self._candidate = (num_tokens, blocks)
-        if not runtime.staging.extents.fits([*self._staged, num_tokens]):
-            return False
         # What SGLang expects of running requests is in the offset that we did not reserve.
         running = runtime.blocks_for_growth(math.ceil(self.total_offset - self._reserved_tokens))
         free = runtime.blocks.num_free - runtime.num_promised_blocks - running - self._blocks
@@ -122,6 +125,22 @@ class HeteroPrefillBudget(PrefillBudget):
             # Alone, any request that fits the context fits the pool (cache/sizing.py).
             return runtime.blocks_for_prompt(num_tokens) <= free
         return blocks <= free
+
+
+class HeteroPrefillAdder(PrefillAdder):
+    """SGLang's admission, with a wait for staging that does not mark the batch as full.
+
+    A full token pool stops admission until a request ends. Staging is free again after the
+    next prefill, so a prompt that does not fit beside another one only waits for the next pass.
+    """
+
+    def add_one_req(
+        self, req: Any, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> AddReqResult:
+        """Admits a request, or says why not."""
+        if not self.memory_budget.has_staging(len(req.full_untruncated_fill_ids)):
+            return AddReqResult.OTHER
+        return super().add_one_req(req, has_chunked_req, truncation_align_size)
 
 
 class HeteroAllocator(TokenToKVPoolAllocator):

@@ -71,6 +71,8 @@ SCHEDULER_TARGETS: tuple[str, ...] = (
     _BUDGET + "check_prefill",
     _BUDGET + "can_allocate_prefill",
     _BUDGET + "reserve",
+    _SRT + "managers.scheduler.Scheduler.get_prefill_adder_class",
+    _SRT + "managers.schedule_policy.PrefillAdder.add_one_req",
     _BACKEND + "init_forward_metadata",
     _BACKEND + "forward_extend",
     _BACKEND + "forward_decode",

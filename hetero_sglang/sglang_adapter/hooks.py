@@ -70,6 +70,20 @@ def announce_requests(original: Any, self: Any, reqs: list[Any]) -> Any:
     return rows
 
 
+def choose_prefill_adder(original: Any, self: Any) -> Any:
+    """Admission that can wait for staging (AROUND ``Scheduler.get_prefill_adder_class``)."""
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+
+    from hetero_sglang.sglang_adapter.admission import HeteroPrefillAdder
+
+    chosen = original(self)
+    if chosen is not PrefillAdder:
+        raise ConfigError(
+            f"--kv-policy heterocache needs SGLang's PrefillAdder, got {chosen.__name__}"
+        )
+    return HeteroPrefillAdder
+
+
 def refuse_fused_write(original: Any, *args: Any, **kwargs: Any) -> bool:
     """Keeps models from writing the stock KV layout themselves (AROUND)."""
     return False
@@ -91,6 +105,10 @@ _HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
         HookType.AROUND,
     ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.alloc": (announce_requests, HookType.AROUND),
+    "sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class": (
+        choose_prefill_adder,
+        HookType.AROUND,
+    ),
     "sglang.srt.models.utils.enable_fused_set_kv_buffer": (refuse_fused_write, HookType.AROUND),
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
     ".get_internal_state": (add_state, HookType.AFTER),
