@@ -31,7 +31,8 @@ def prompt_ids(
     """Exactly ``num_tokens`` token ids of a source, from character ``skip_chars`` on."""
     # No token of the models used here is shorter than one character, most are near four.
     excerpt = text(source)[skip_chars : skip_chars + 12 * num_tokens + 64]
-    ids = tokenizer(excerpt, add_special_tokens=False)["input_ids"][:num_tokens]
+    # Not verbose: the excerpt may be longer than the context, the part that is used is not.
+    ids = tokenizer(excerpt, add_special_tokens=False, verbose=False)["input_ids"][:num_tokens]
     if len(ids) != num_tokens:
         raise ValueError(f"{source} has only {len(ids)} tokens after {skip_chars} characters")
     return ids
