@@ -93,16 +93,21 @@ def main() -> int:
         "prefill": {},
     }
     prompts = Prompts(options.model)
+    path: Path | None = options.out
     try:
-        for dtype in options.dtypes:
-            report["decode"][dtype] = measure_decode(options, dtype, prompts)
-        for dtype in options.prefill_dtypes:
-            report["prefill"][dtype] = measure_prefill(options, dtype, prompts)
+        for part, dtypes, measure in (
+            ("decode", options.dtypes, measure_decode),
+            ("prefill", options.prefill_dtypes, measure_prefill),
+        ):
+            for dtype in dtypes:
+                report[part][dtype] = measure(options, dtype, prompts)
+                # What has been measured stays, whatever happens to the rest.
+                path = results.save("serving-decode", report, path)
     except (GateError, ServerError) as error:
         console.print(f"[red]refused: {error}", markup=True, highlight=False)
         return 1
     print_tables(report, options)
-    console.print(f"written: {results.save('serving-decode', report, options.out)}")
+    console.print(f"written: {results.save('serving-decode', report, path)}")
     return 0
 
 
@@ -253,7 +258,8 @@ def time_stream(server: Server, prompt: list[int], num_tokens: int, timing: Timi
         raise GateError(f"{chunks[-1].num_tokens} tokens instead of {num_tokens}")
     first, last = chunks[0], chunks[-1]
     timing.ttft_s.append(first.at_s - start)
-    timing.tpot_s.append((last.at_s - first.at_s) / (last.num_tokens - first.num_tokens))
+    if last.num_tokens > first.num_tokens:
+        timing.tpot_s.append((last.at_s - first.at_s) / (last.num_tokens - first.num_tokens))
     for before, after in itertools.pairwise(chunks):
         count = after.num_tokens - before.num_tokens
         timing.gaps_s.extend([(after.at_s - before.at_s) / count] * count)
