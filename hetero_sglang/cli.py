@@ -53,14 +53,16 @@ the model; heads that keep looking at the same positions (stable) or look where 
 
   anchor     stable, unlike the others   keeps its best positions
   volatile   drifting, unlike the others keeps everything
-  pivot      centre of a cluster         keeps everything, watches for drift
+  pivot      centre of a cluster         watches for drift with all its keys, keeps its best
+                                         positions (--kv-policy-pivot-rows all: everything)
   satellite  like its pivot              keeps its best positions, refreshed when the pivot drifts
 """
 
 _PROFILE_EPILOG = """\
-The share of pivots and volatile heads is the floor: --kv-policy-ratio must be above it. A lower
---similarity-threshold makes larger clusters, a lower --stable-threshold turns volatile heads into
-anchors; both tend to lower the floor and to ask more of each budget.
+Volatile heads and the pivots' watched keys (with --kv-policy-pivot-rows all: all their rows) are
+the floor: --kv-policy-ratio must be above it. A lower --similarity-threshold makes larger clusters,
+a lower --stable-threshold turns volatile heads into anchors; both tend to lower the floor and to
+ask more of each budget.
 
 examples:
   hetero-sglang profile --model models/smollm2 --out smollm2.json
@@ -229,9 +231,24 @@ def _summary(profile: HeadProfile) -> str:
     counts = ", ".join(f"{count} {role.name.lower()}" for role, count in profile.counts.items())
     return (
         f"{profile.num_heads} KV heads: {counts}\n"
-        f"floor {profile.floor:.1%}; --kv-policy-ratio must be above it\n"
+        f"--kv-policy-ratio must be above the floor: {_floors(profile)}\n"
         f"fingerprint {profile.fingerprint}, digest {profile.digest[:16]}"
     )
+
+
+def _floors(profile: HeadProfile) -> str:
+    """Lowest shares by what pivots keep, for 16-bit KV."""
+    from hetero_sglang.cache.watch import watched_key_bytes
+    from hetero_sglang.policy.roles import build_role_tables
+
+    paper = f"{profile.floor:.1%} with --kv-policy-preset paper"
+    head_dim = profile.model.head_dim
+    try:
+        share = watched_key_bytes("int8", head_dim, 2) / (4 * head_dim)
+    except (ValueError, ZeroDivisionError):
+        return paper  # An unknown head dimension, or one that no kernel serves.
+    tables = build_role_tables(profile, pivot_rows="budget", watched_share=share)
+    return f"{tables.floor:.1%} (16-bit KV, int8 watched keys), {paper}"
 
 
 def _say(text: str) -> None:

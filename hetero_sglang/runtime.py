@@ -9,6 +9,7 @@ SGLang. Nothing here waits for memd during decode unless retrieval is ``sync``.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,14 @@ from hetero_kernels import (
     top_bits,
     top_positions,
     topk_overlap,
+    window_scores,
 )
 from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
 from hetero_sglang.errors import HeteroError, ResidencyError
 from hetero_sglang.policy.budget import HeadBudget, allocate_budget
 from hetero_sglang.policy.drift import drift_verdict
+from hetero_sglang.policy.plan import refresh_target
+from hetero_sglang.policy.selection import protect
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from hetero_sglang.cache.blocks import BlockPool
     from hetero_sglang.cache.host_store import HostStore
     from hetero_sglang.cache.staging import StagingPool
+    from hetero_sglang.cache.watch import WatchPool
     from hetero_sglang.config import HeteroConfig
     from hetero_sglang.policy.roles import RoleTables
 
@@ -57,6 +62,10 @@ class _Prefill:
     staging_start: int | None = None
     budget: HeadBudget | None = None
     kept: list[NDArray[np.int64]] = field(default_factory=list)
+    pivot_queries: torch.Tensor | None = None
+    """Last prompt query of every pivot, [num_pivots, group_size, head_dim]."""
+    tail_queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By layer, newest queries of earlier chunks that belong to the selection window."""
 
     @property
     def is_last_chunk(self) -> bool:
@@ -102,6 +111,7 @@ class HeteroRuntime:
         blocks: Block pool.
         staging: Staging pool.
         store: Host copy in memd; None when retrieval is off.
+        watch: Watched keys of budgeted pivots; None where pivots watch with their rows, or not.
         drift: Drift totals.
     """
 
@@ -115,6 +125,7 @@ class HeteroRuntime:
         blocks: BlockPool,
         staging: StagingPool,
         store: HostStore | None,
+        watch: WatchPool | None,
         req_to_token: torch.Tensor,
         group_size: int,
     ) -> None:
@@ -128,6 +139,7 @@ class HeteroRuntime:
             blocks: Block pool for the same rows.
             staging: Staging pool.
             store: Host copy, or None for retrieval "off".
+            watch: Watch pool where the settings ask for one, else None.
             req_to_token: SGLang's token ids by row and position, int32 [num_rows, context].
             group_size: Query heads a KV head.
         """
@@ -136,6 +148,7 @@ class HeteroRuntime:
         self.blocks = blocks
         self.staging = staging
         self.store = store
+        self.watch = watch
         self.drift = DriftCounters()
         self.store_skipped = 0
         self._k_resident = k_resident
@@ -151,19 +164,23 @@ class HeteroRuntime:
         self._is_watched = np.zeros(num_rows, dtype=np.bool_)
         self._top_k = np.zeros(num_rows, dtype=np.int32)
         self._num_words = -(-context // 32)
-        watch = store is not None
+        self._is_watching = store is not None and config.is_watching
+        assert watch is not None or not (self._is_watching and config.has_watch_pool)
+        watching_rows = num_rows if self._is_watching else 0
         self._reference = torch.zeros(
-            num_rows if watch else 0, tables.num_pivots, self._num_words, dtype=torch.int32
+            watching_rows, tables.num_pivots, self._num_words, dtype=torch.int32
         )
         self._pivot_queries = torch.zeros(
-            num_rows if watch else 0,
+            watching_rows,
             tables.num_pivots,
             config.drift_interval,
             group_size,
             head_dim,
             dtype=k_resident.dtype,
         )
-        self._pivot_plane = torch.from_numpy(tables.pivot_plane)
+        self._watched_keys = k_resident if watch is None else watch.keys
+        self._watched_plane = torch.from_numpy(tables.watched_plane)
+        self._rule = config.budget_rule(tables)
         self._head_index = [
             (
                 torch.from_numpy(heads.resident),
@@ -322,25 +339,38 @@ class HeteroRuntime:
                 extend_attention(q[tokens], keys, values, prefix_len=span.prefix_len, scale=scale)
             )
             prefill = self._prefills[span.row]
+            queries = q[tokens].view(span.num_new, -1, self._group_size, self._head_dim)
             if prefill.is_last_chunk:
-                last = q[tokens.stop - 1].view(-1, self._group_size, self._head_dim)
-                self._compress_layer(layer, span.row, prefill, last, keys, values, scale)
+                self._compress_layer(layer, span.row, prefill, queries, keys, values, scale)
                 if layer == len(self.tables.layers) - 1:
                     self._finish_prefill(span.row, prefill)
+            elif prefill.num_tokens - prefill.end < self.config.window:
+                # The window reaches back into this chunk.
+                self._keep_tail(layer, prefill, queries)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _keep_tail(self, layer: int, prefill: _Prefill, queries: torch.Tensor) -> None:
+        newest = queries[-self.config.window :]
+        earlier = prefill.tail_queries.get(layer)
+        prefill.tail_queries[layer] = (
+            newest.clone() if earlier is None else torch.cat([earlier, newest])
+        )
 
     def _write_chunk(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, span: ExtendSpan
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a chunk to its areas; returns K and V so far, [num_kv_heads, total, head_dim]."""
         heads = self.tables.layers[layer]
-        resident, compressed, _ = self._head_index[layer]
+        resident, compressed, pivots = self._head_index[layer]
         prefill = self._prefills[span.row]
         assert prefill.staging_start is not None
         total = span.prefix_len + span.num_new
         staged = slice(prefill.staging_start + span.prefix_len, prefill.staging_start + total)
         so_far = slice(prefill.staging_start, prefill.staging_start + total)
         ids = self._req_to_token[span.row, :total].long()
+        if self.watch is not None and len(heads.pivots):
+            new_keys = k.transpose(0, 1)[pivots].to(self._k_resident.dtype)
+            self.watch.write(heads.pivot_ids, ids[span.prefix_len :], new_keys)
         areas = (
             (k, self._k_resident[heads.planes], self.staging.k[heads.compressed_ids]),
             (v, self._v_resident[heads.planes], self.staging.v[heads.compressed_ids]),
@@ -368,42 +398,68 @@ class HeteroRuntime:
         layer: int,
         row: int,
         prefill: _Prefill,
-        last_query: torch.Tensor,
+        queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         scale: float,
     ) -> None:
-        """Selects and moves the kept rows of one layer; sets the pivots' reference sets."""
+        """Selects and moves the kept rows of one layer; notes the pivots' last queries.
+
+        Args:
+            layer: Layer index.
+            row: Row of the request table.
+            prefill: The prompt; this is its last chunk.
+            queries: Queries of the chunk, [num_new, num_kv_heads, group_size, head_dim].
+            keys: Keys of the whole prompt, [num_kv_heads, num_tokens, head_dim].
+            values: Values, same shape.
+            scale: Softmax scale.
+        """
         budget = prefill.budget
         assert budget is not None
         heads = self.tables.layers[layer]
         _, compressed, pivots = self._head_index[layer]
-        num_compressed = len(heads.compressed)
         if budget.keeps_everything:
             everything = np.arange(budget.num_tokens)
             for index, head in enumerate(heads.compressed.tolist()):
                 cid = heads.first_compressed + index
                 self._move_rows(row, cid, everything, keys[head], values[head])
             return
-        wanted = torch.cat([compressed, pivots]) if self.store is not None else compressed
-        if not len(wanted):
+        if self._is_watching and len(heads.pivots):
+            if prefill.pivot_queries is None:
+                shape = (self.tables.num_pivots, self._group_size, self._head_dim)
+                prefill.pivot_queries = queries.new_empty(shape)
+            prefill.pivot_queries[heads.pivot_ids] = queries[-1, pivots]
+        if not len(heads.compressed):
             return
-        scores = score_positions(last_query[wanted].contiguous(), keys[wanted].contiguous(), scale)
+        scores = self._selection_scores(layer, prefill, queries, keys[compressed], scale)
         counts = budget.tokens[heads.compressed_ids]
-        if num_compressed:
-            chosen = top_positions(
-                scores[:num_compressed], torch.from_numpy(counts.astype(np.int32))
-            ).numpy()
+        chosen = top_positions(scores, torch.from_numpy(counts.astype(np.int32))).numpy()
         for index, head in enumerate(heads.compressed.tolist()):
             cid = heads.first_compressed + index
             kept = chosen[index, : int(counts[index])].astype(np.int64)
             self._move_rows(row, cid, kept, keys[head], values[head])
             prefill.kept[cid] = kept
-        if self.store is not None and len(heads.pivots):
-            first = heads.first_pivot
-            self._reference[row, first : first + len(heads.pivots)] = top_bits(
-                scores[num_compressed:], budget.reference_size, self._num_words
-            )
+
+    def _selection_scores(
+        self,
+        layer: int,
+        prefill: _Prefill,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Scores by which the compressed heads of one layer keep positions, [heads, num_tokens]."""
+        _, compressed, _ = self._head_index[layer]
+        window = min(self.config.window, prefill.num_tokens)
+        if self.config.window == 1:
+            return score_positions(queries[-1, compressed].contiguous(), keys, scale)
+        recent = queries[-window:, compressed]
+        tail = prefill.tail_queries.pop(layer, None)
+        if len(recent) < window:
+            assert tail is not None
+            recent = torch.cat([tail[:, compressed], recent])[-window:]
+        scores = window_scores(recent.transpose(0, 1), keys, scale)
+        return protect(scores, self.config.window)
 
     def _move_rows(
         self, row: int, cid: int, kept: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor
@@ -430,8 +486,8 @@ class HeteroRuntime:
             ):
                 assert self._retrieval is not None
                 self._retrieval.begin(row, prefill.num_tokens, prefill.kept)
-                self._is_watched[row] = True
-                self._top_k[row] = budget.reference_size
+                if prefill.pivot_queries is not None:
+                    self._set_references(row, prefill.pivot_queries, budget)
             else:
                 self.store_skipped += 1
                 self.store.free_row(row)
@@ -439,8 +495,25 @@ class HeteroRuntime:
         del self._prefills[row]
         self._decoding[row] = budget
 
+    def _set_references(self, row: int, queries: torch.Tensor, budget: HeadBudget) -> None:
+        """Sets every pivot's reference set by its last prompt query, with the keys it watches."""
+        scores = score_positions(
+            queries,
+            self._watched_keys,
+            self._scale,
+            planes=self._watched_plane,
+            slots=self._req_to_token[row, : budget.num_tokens],
+        )
+        self._reference[row] = top_bits(scores, budget.reference_size, self._num_words)
+        self._is_watched[row] = True
+        self._top_k[row] = budget.reference_size
+
     def _wants_store(self, budget: HeadBudget) -> bool:
-        return self.store is not None and self.store.is_available and not budget.keeps_everything
+        return self._is_watching and self._store_is_there and not budget.keeps_everything
+
+    @property
+    def _store_is_there(self) -> bool:
+        return self.store is not None and self.store.is_available
 
     # -- decode ------------------------------------------------------------------------
 
@@ -500,7 +573,7 @@ class HeteroRuntime:
         return out
 
     def _watches(self, layer: int) -> bool:
-        return self.store is not None and len(self.tables.layers[layer].pivots) > 0
+        return self._is_watching and len(self.tables.layers[layer].pivots) > 0
 
     def _make_layer(self, layer: int, scale: float) -> DecodeLayer:
         heads = self.tables.layers[layer]
@@ -536,8 +609,8 @@ class HeteroRuntime:
             self._pivot_queries.index_select(0, index).view(
                 -1, interval, self._group_size, self._head_dim
             ),
-            k_resident=self._k_resident,
-            planes=self._pivot_plane.repeat(len(rows)),
+            keys=self._watched_keys,
+            planes=self._watched_plane.repeat(len(rows)),
             req_to_token=self._req_to_token,
             rows=index.repeat_interleave(num_pivots),
             prompt_lens=lens.repeat_interleave(num_pivots),
@@ -551,14 +624,18 @@ class HeteroRuntime:
         for entry in drifted.tolist():
             row, pivot = int(rows[entry // num_pivots]), entry % num_pivots
             budget = self._decoding[row]
-            satellites = self.tables.satellites[pivot]
-            wanted = budget.tokens[satellites]
-            count = max(budget.reference_size, int(wanted.max(initial=0)))
+            refreshed = self.tables.refreshed[pivot].tolist()
+            # How many of the pivot's best each head must have.
+            wanted = [math.ceil(self.config.refresh_share * budget.tokens[h]) for h in refreshed]
             scores = newest[entry, : budget.num_tokens]
-            best = top_positions(scores, count, order="best").numpy().astype(np.int64)
             self._reference[row, pivot] = top_bits(scores, budget.reference_size, self._num_words)
-            for head, size in zip(satellites.tolist(), wanted.tolist(), strict=True):
-                self._retrieval.set_target(row, head, best[:size])
+            scores = protect(scores, self.config.window)
+            count = max(wanted, default=0)
+            best = top_positions(scores, count, order="best").numpy().astype(np.int64)
+            for head, size in zip(refreshed, wanted, strict=True):
+                held = self._retrieval.expected_positions(row, head)
+                target = refresh_target(best[:size], held, scores.numpy())
+                self._retrieval.set_target(row, head, target)
 
     def _lose_memd(self) -> None:
         assert self._retrieval is not None
@@ -605,6 +682,12 @@ class HeteroRuntime:
         return {
             "ratio": self.config.ratio,
             "floor": self.tables.floor,
+            "preset": self.config.preset,
+            "pivot_rows": self.config.pivot_rows,
+            "watch_dtype": self.config.watch_dtype,
+            "window": self.config.window,
+            "refresh_share": self.config.refresh_share,
+            "min_tokens": self.config.min_tokens,
             "retrieval": self.config.retrieval,
             "areas": {
                 "staging": {
@@ -651,11 +734,4 @@ class HeteroRuntime:
         return None if self._retrieval is None else self._retrieval.kept_positions(row)
 
     def _budget_for(self, num_tokens: int) -> HeadBudget:
-        return allocate_budget(
-            self.tables.allocation,
-            num_tokens,
-            ratio=self.config.ratio,
-            num_resident=self.tables.num_planes,
-            num_heads=self.tables.num_heads,
-            min_tokens=self.config.min_tokens,
-        )
+        return allocate_budget(self.tables.allocation, num_tokens, self._rule)

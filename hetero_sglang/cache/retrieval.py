@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from memd.client import FetchTicket
 
 
+@dataclass(frozen=True)
+class _Exchange:
+    row: int
+    head: int
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+
+
 @dataclass
 class KeptRows:
     """Positions that one request's heads hold, and where they should go.
@@ -36,21 +44,13 @@ class KeptRows:
         num_tokens: Prompt length, tokens.
         positions: Position in each kept slot by compressed head id, int64 arrays.
         targets: Wanted positions, best first, of heads that are not there yet.
-        in_flight: Heads with a fetch under way.
+        in_flight: Exchange under way by head.
     """
 
     num_tokens: int
     positions: list[NDArray[np.int64]]
     targets: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    in_flight: set[int] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    row: int
-    head: int
-    positions: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    in_flight: dict[int, _Exchange] = field(default_factory=dict)
 
 
 @dataclass
@@ -127,6 +127,16 @@ class Retrieval:
         kept = self._kept.get(row)
         return None if kept is None else kept.positions
 
+    def expected_positions(self, row: int, head: int) -> NDArray[np.int64]:
+        """Positions that a head of a followed row will hold once its fetch has landed."""
+        kept = self._kept[row]
+        exchange = kept.in_flight.get(head)
+        if exchange is None:
+            return kept.positions[head]
+        positions = kept.positions[head].copy()
+        positions[exchange.slots] = exchange.positions
+        return positions
+
     def set_target(self, row: int, head: int, target: NDArray[np.int64]) -> None:
         """Names the positions a head shall hold.
 
@@ -167,7 +177,7 @@ class Retrieval:
         if ticket is None:
             return
         for exchange, kept in zip(exchanges, owners, strict=True):
-            kept.in_flight.add(exchange.head)
+            kept.in_flight[exchange.head] = exchange
         self._flights.append(_Flight(ticket, exchanges, owners))
         self.counters.issued += 1
 
@@ -228,7 +238,7 @@ class Retrieval:
         is_whole = True
         for exchange, kept in zip(flight.exchanges, flight.kept, strict=True):
             end = start + len(exchange.positions)
-            kept.in_flight.discard(exchange.head)
+            kept.in_flight.pop(exchange.head, None)
             if rows is not None and self._kept.get(exchange.row) is kept:
                 self._install(exchange, kept, rows[start:end])
             else:

@@ -1,8 +1,8 @@
 """How bytes are split between the device areas.
 
-A logical token (SGLang's unit) costs its resident rows always and, on average, the
-ratio's share of block rows. Staging is a fixed area on top. Everything here is counted
-in rows: one row is K and V of one head of one token.
+A logical token (SGLang's unit) costs its resident rows and its pivots' watched keys always and,
+on average, the ratio's share of block rows. Staging is a fixed area on top. Rows are counted as K
+and V of one head of one token.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class PoolShape:
         row_bytes: Bytes of K and V of one head of one token.
         num_planes: Heads in the resident pool.
         num_compressed: Heads in staging and block pool.
+        watched_bytes: Bytes of one token's watched keys, all pivots; 0 without a watch pool.
     """
 
     num_slots: int
@@ -41,11 +42,17 @@ class PoolShape:
     row_bytes: int
     num_planes: int
     num_compressed: int
+    watched_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident pool."""
         return self.num_slots * self.num_planes * self.row_bytes
+
+    @property
+    def watch_bytes(self) -> int:
+        """Bytes of the watch pool."""
+        return self.num_slots * self.watched_bytes
 
     @property
     def staging_bytes(self) -> int:
@@ -59,8 +66,8 @@ class PoolShape:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the three KV areas."""
-        return self.resident_bytes + self.staging_bytes + self.block_bytes
+        """Bytes of the four KV areas."""
+        return self.resident_bytes + self.watch_bytes + self.staging_bytes + self.block_bytes
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class SizingRule:
         row_bytes: Bytes of K and V of one head of one token.
         block_tokens: Rows of one block.
         context_tokens: Longest request, tokens.
+        watched_bytes: Bytes of one token's watched keys, all pivots; 0 without a watch pool.
     """
 
     ratio: float
@@ -82,18 +90,21 @@ class SizingRule:
     row_bytes: int
     block_tokens: int
     context_tokens: int
+    watched_bytes: int = 0
 
     @property
     def block_rows_per_token(self) -> float:
         """Block rows budgeted for a logical token: kept prompt rows and generated rows."""
         num_heads = self.num_planes + self.num_compressed
-        kept = max(self.ratio * num_heads - self.num_planes, 0.0)
+        held = self.num_planes + self.watched_bytes / self.row_bytes
+        kept = max(self.ratio * num_heads - held, 0.0)
         return min(kept + GENERATED_SHARE * self.num_compressed, float(self.num_compressed))
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a logical token, staging not included."""
-        return math.ceil((self.num_planes + self.block_rows_per_token) * self.row_bytes)
+        rows = self.num_planes + self.block_rows_per_token
+        return math.ceil(rows * self.row_bytes) + self.watched_bytes
 
     def fixed_bytes(self) -> int:
         """Bytes that do not grow with the tokens: staging for one longest prompt."""
@@ -129,4 +140,5 @@ class SizingRule:
             row_bytes=self.row_bytes,
             num_planes=self.num_planes,
             num_compressed=self.num_compressed,
+            watched_bytes=self.watched_bytes,
         )

@@ -15,6 +15,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def refresh_target(
+    best: NDArray[np.int64], held: NDArray[np.int64], scores: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """What a head shall hold after its pivot has drifted.
+
+    The pivot's best positions come in; of what the head holds, the worst by the pivot's scores make
+    room. (The paper gives the whole budget to the pivot's best: ``best`` as long as ``held``. One
+    query of one head is a poor judge of low ranks, and what a head chose for itself by a window of
+    queries is worth keeping: docs/method.md, "Measured".)
+
+    Args:
+        best: The pivot's best positions, best first, int64 [n], unique.
+        held: Positions that the head holds, int64 [budget], unique, n <= budget.
+        scores: The pivot's scores, fp32 [num_tokens].
+
+    Returns:
+        Wanted positions, best first, int64 [budget].
+    """
+    is_best = np.zeros(len(scores), dtype=np.bool_)
+    is_best[best] = True
+    rest = held[~is_best[held]]
+    order = np.lexsort((rest, -scores[rest]))
+    return np.concatenate([best, rest[order[: len(held) - len(best)]]])
+
+
 @dataclass(frozen=True)
 class HeadPlan:
     """Exchange of rows for one compressed head.

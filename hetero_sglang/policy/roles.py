@@ -8,7 +8,7 @@ tensor-parallel checkpoints load as they are (a deliberate difference).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from hetero_sglang.profile import HeadProfile
 
 
+PivotRows = Literal["all", "budget"]
+"""What a pivot keeps of its prompt rows: every one (the paper), or a budget like its satellites,
+beside all its keys, which it watches with."""
+
+
 @dataclass(frozen=True)
 class LayerHeads:
     """Heads of one layer by the area that holds them.
@@ -27,7 +32,8 @@ class LayerHeads:
     Attributes:
         resident: KV head indices in the resident pool, int64 [num_resident].
         compressed: KV head indices in the block pool, int64 [num_compressed].
-        pivots: KV head indices of pivots (a subset of ``resident``), int64 [num_pivots].
+        pivots: KV head indices of pivots, int64 [num_pivots]; a subset of ``resident`` or, with
+            budgeted pivots, of ``compressed``.
         first_plane: First plane of this layer in the resident pool.
         first_compressed: First compressed head id of this layer.
         first_pivot: First pivot id of this layer.
@@ -55,6 +61,11 @@ class LayerHeads:
         """Compressed head ids of this layer."""
         return slice(self.first_compressed, self.first_compressed + len(self.compressed))
 
+    @property
+    def pivot_ids(self) -> slice:
+        """Pivot ids of this layer."""
+        return slice(self.first_pivot, self.first_pivot + len(self.pivots))
+
 
 @dataclass(frozen=True)
 class RoleTables:
@@ -67,12 +78,18 @@ class RoleTables:
     Attributes:
         layers: One entry a layer.
         num_kv_heads: KV heads a layer.
-        num_planes: Heads that keep everything (volatile and pivot), over all layers.
-        num_compressed: Anchors and satellites, over all layers.
+        num_planes: Heads that keep every row, over all layers.
+        num_compressed: Heads that keep a budget of rows, over all layers.
         num_pivots: Pivots, over all layers.
-        pivot_plane: Resident plane of each pivot id, int32 [num_pivots].
-        satellites: Compressed head ids of each pivot's satellites, one int64 array a pivot.
-        allocation: Budget weight of each compressed head id, fp64 [num_compressed], mean 1.
+        pivot_rows: Whether pivots are among the former or the latter.
+        watched_share: Bytes of a pivot's watched key of one token over those of a full row (K and
+            V); 0 where nothing is held beside the rows.
+        watched_plane: Where each pivot's watched keys lie, int32 [num_pivots]: a plane of the
+            resident pool, or of the watch pool with budgeted pivots.
+        refreshed: Compressed head ids that get new rows when a pivot drifts, one int64 array a
+            pivot: its satellites and, with budgeted pivots, itself first.
+        allocation: Budget weight of each compressed head id, fp64 [num_compressed]; of anchors and
+            satellites from the profile (mean 1), of budgeted pivots 1.
     """
 
     layers: tuple[LayerHeads, ...]
@@ -80,8 +97,10 @@ class RoleTables:
     num_planes: int
     num_compressed: int
     num_pivots: int
-    pivot_plane: NDArray[np.int32]
-    satellites: tuple[NDArray[np.int64], ...]
+    pivot_rows: PivotRows
+    watched_share: float
+    watched_plane: NDArray[np.int32]
+    refreshed: tuple[NDArray[np.int64], ...]
     allocation: NDArray[np.float64]
 
     @property
@@ -90,31 +109,42 @@ class RoleTables:
         return self.num_planes + self.num_compressed
 
     @property
+    def held_heads(self) -> float:
+        """What every prompt token costs whatever the budgets are, in full rows of one head."""
+        return self.num_planes + self.watched_share * self.num_pivots
+
+    @property
     def floor(self) -> float:
-        """Share of the KV heads that keep everything; the resident ratio must exceed it."""
-        return self.num_planes / self.num_heads
+        """Share of the KV bytes that no budget takes away; the resident ratio must exceed it."""
+        return self.held_heads / self.num_heads
 
 
-def build_role_tables(profile: HeadProfile) -> RoleTables:
+def build_role_tables(
+    profile: HeadProfile, *, pivot_rows: PivotRows = "all", watched_share: float = 0.0
+) -> RoleTables:
     """Builds the tables for a profile.
 
     Args:
         profile: A validated head profile.
+        pivot_rows: Whether pivots keep every row or a budget.
+        watched_share: See ``RoleTables``; 0 with ``pivot_rows`` "all", whose rows hold the keys.
 
     Returns:
         Tables over all layers and heads of the profile.
     """
+    assert pivot_rows == "budget" or watched_share == 0.0
     roles = np.asarray(profile.roles)
     num_layers, num_kv_heads = roles.shape
+    is_compressed = (roles == HeadRole.ANCHOR) | (roles == HeadRole.SATELLITE)
+    if pivot_rows == "budget":
+        is_compressed |= roles == HeadRole.PIVOT
     layers: list[LayerHeads] = []
-    pivot_plane: list[int] = []
-    satellites: list[NDArray[np.int64]] = []
+    watched_plane: list[int] = []
     compressed_id = np.full((num_layers, num_kv_heads), -1, dtype=np.int64)
     num_planes = num_compressed = num_pivots = 0
     for layer in range(num_layers):
-        is_compressed = (roles[layer] == HeadRole.ANCHOR) | (roles[layer] == HeadRole.SATELLITE)
-        resident = np.flatnonzero(~is_compressed)
-        compressed = np.flatnonzero(is_compressed)
+        resident = np.flatnonzero(~is_compressed[layer])
+        compressed = np.flatnonzero(is_compressed[layer])
         pivots = np.flatnonzero(roles[layer] == HeadRole.PIVOT)
         head_map = np.empty(num_kv_heads, dtype=np.int32)
         head_map[resident] = num_planes + np.arange(len(resident))
@@ -122,7 +152,7 @@ def build_role_tables(profile: HeadProfile) -> RoleTables:
         head_map[compressed] = ~compressed_id[layer, compressed]
         pivot_map = np.full(num_kv_heads, -1, dtype=np.int32)
         pivot_map[pivots] = num_pivots + np.arange(len(pivots))
-        pivot_plane += [int(head_map[h]) for h in pivots]
+        watched_plane += (pivot_map if pivot_rows == "budget" else head_map)[pivots].tolist()
         layers.append(
             LayerHeads(
                 resident=resident,
@@ -138,18 +168,23 @@ def build_role_tables(profile: HeadProfile) -> RoleTables:
         num_planes += len(resident)
         num_compressed += len(compressed)
         num_pivots += len(pivots)
+    refreshed: list[NDArray[np.int64]] = []
     for layer, heads in enumerate(layers):
-        for pivot in heads.pivots:
-            members = profile.satellites_of.get((layer, int(pivot)), ())
-            satellites.append(np.array([compressed_id[layer, h] for h in members], dtype=np.int64))
-    allocation = np.asarray(profile.allocation, dtype=np.float64)[compressed_id >= 0]
+        for pivot in heads.pivots.tolist():
+            members = list(profile.satellites_of.get((layer, pivot), ()))
+            if pivot_rows == "budget":
+                members.insert(0, pivot)
+            refreshed.append(np.array([compressed_id[layer, h] for h in members], dtype=np.int64))
+    weights = np.where(roles == HeadRole.PIVOT, 1.0, np.asarray(profile.allocation))
     return RoleTables(
         layers=tuple(layers),
         num_kv_heads=num_kv_heads,
         num_planes=num_planes,
         num_compressed=num_compressed,
         num_pivots=num_pivots,
-        pivot_plane=np.array(pivot_plane, dtype=np.int32),
-        satellites=tuple(satellites),
-        allocation=allocation,
+        pivot_rows=pivot_rows,
+        watched_share=watched_share,
+        watched_plane=np.array(watched_plane, dtype=np.int32),
+        refreshed=tuple(refreshed),
+        allocation=np.asarray(weights[compressed_id >= 0], dtype=np.float64),
     )

@@ -179,12 +179,12 @@ class HeadProfile:
 
     @property
     def num_full_heads(self) -> int:
-        """Heads that keep every token: pivots and volatile heads."""
+        """Pivots and volatile heads, which keep every token in the paper's method."""
         return self.counts[HeadRole.PIVOT] + self.counts[HeadRole.VOLATILE]
 
     @property
     def floor(self) -> float:
-        """Share of the heads that keep every token; a resident share must be above it."""
+        """Share of pivots and volatile heads: what the paper's method keeps whole."""
         return self.num_full_heads / self.num_heads
 
     @property

@@ -8,10 +8,17 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from hetero_sglang.config import HeteroConfig, RetrievalMode, parse_bytes
+from hetero_sglang.config import (
+    PRESETS,
+    HeteroConfig,
+    Preset,
+    RetrievalMode,
+    WatchDtype,
+    parse_bytes,
+    resolve_preset,
+)
 from hetero_sglang.errors import ConfigError, HeteroError
-from hetero_sglang.policy.budget import check_ratio
-from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.policy.roles import PivotRows
 from hetero_sglang.profile import HeadProfile, find_shipped, load_profile
 
 ATTENTION_BACKEND = "heterocache"
@@ -27,6 +34,13 @@ _DEFAULTS = HeteroConfig()
 def fail(error: HeteroError | str) -> NoReturn:
     """Ends the process with one clear line, as argparse does."""
     raise SystemExit(f"hetero-sglang: error: {error}")
+
+
+def _describe_preset(preset: Preset) -> str:
+    """A preset's settings as flags, for ``--help``."""
+    fields = PRESETS[preset]
+    names = ("pivot_rows", "watch_dtype", "window", "refresh_share", "min_tokens")
+    return ", ".join(f"{name.replace('_', '-')} {fields[name]}" for name in names)
 
 
 def add_cli_args(original: Any, parser: argparse.ArgumentParser) -> None:
@@ -53,6 +67,48 @@ def add_cli_args(original: Any, parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.ratio,
         help="Share of a prompt's KV bytes that stays on the device, above the profile's floor and "
         "at most 1 (= full attention).",
+    )
+    group.add_argument(
+        "--kv-policy-preset",
+        choices=list(PRESETS),
+        default=_DEFAULTS.preset,
+        help="Settings that belong together, each overridden by its own flag. 'default' is what "
+        "measures best: "
+        f"{_describe_preset('default')}. 'paper' is arXiv 2601.13684: {_describe_preset('paper')}, "
+        "and what budgets of clamped heads leave over is lost.",
+    )
+    group.add_argument(
+        "--kv-policy-pivot-rows",
+        choices=get_args(PivotRows),
+        default=None,
+        help="What pivot heads keep of a prompt: 'all' rows, or a 'budget' like their satellites', "
+        "beside all their keys in --kv-policy-watch-dtype. 'budget' lowers the floor of the ratio. "
+        "(default: the preset's)",
+    )
+    group.add_argument(
+        "--kv-policy-watch-dtype",
+        choices=get_args(WatchDtype),
+        default=None,
+        help="What the keys are kept in with which budgeted pivots watch for drift: the KV dtype "
+        "('model'), 'int8' (a quarter of a 16-bit row) or 'int4' (an eighth). (default: the "
+        "preset's)",
+    )
+    group.add_argument(
+        "--kv-policy-window",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="Select by the mean attention of this many last prompt tokens, and always keep them "
+        "and the first few tokens. 1 is the paper: the last token alone, nothing protected. "
+        "(default: the preset's)",
+    )
+    group.add_argument(
+        "--kv-policy-refresh-share",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="After a drift, the share of a head's budget that the pivot's best positions must "
+        "have; of the rest the worst go. 1 is the paper: the whole budget. (default: the preset's)",
     )
     group.add_argument(
         "--kv-policy-drift-threshold",
@@ -84,8 +140,8 @@ def add_cli_args(original: Any, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-policy-min-tokens",
         type=int,
-        default=_DEFAULTS.min_tokens,
-        help="Prompts shorter than this keep everything.",
+        default=None,
+        help="Prompts shorter than this keep everything. (default: the preset's)",
     )
     group.add_argument(
         "--kv-policy-retrieval",
@@ -112,8 +168,17 @@ def config_from_namespace(args: argparse.Namespace) -> HeteroConfig | None:
         drift_interval=args.kv_policy_drift_interval,
         memd_address=args.kv_policy_memd,
         memd_bytes=parse_bytes(args.kv_policy_memd_bytes),
-        min_tokens=args.kv_policy_min_tokens,
         retrieval=args.kv_policy_retrieval,
+        **resolve_preset(
+            args.kv_policy_preset,
+            {
+                "pivot_rows": args.kv_policy_pivot_rows,
+                "watch_dtype": args.kv_policy_watch_dtype,
+                "window": args.kv_policy_window,
+                "refresh_share": args.kv_policy_refresh_share,
+                "min_tokens": args.kv_policy_min_tokens,
+            },
+        ),
     )
 
 
@@ -180,15 +245,12 @@ def resolve_profile(config: HeteroConfig, model_config: dict[str, Any]) -> HeadP
 
     Raises:
         ProfileError: No such file, malformed, or of another model.
-        BudgetError: The ratio is not above the profile's floor.
     """
     if config.profile == "auto":
         profile = find_shipped(model_config)
     else:
         profile = load_profile(Path(config.profile))
         profile.check_fits(model_config)
-    tables = build_role_tables(profile)
-    check_ratio(config.ratio, tables.num_planes, tables.num_heads, config.min_tokens)
     return profile
 
 

@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from hetero_sglang.cache.blocks import BlockPool
 from hetero_sglang.cache.host_store import HostStore
 from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.cache.watch import WatchPool
 from hetero_sglang.errors import ConfigError
 from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
 from hetero_sglang.sglang_adapter.admission import HeteroAllocator
@@ -202,6 +203,17 @@ def _build_runtime(pool: HeteroKVPool, req_to_token_pool: Any) -> HeteroRuntime:
             page_tokens=setup.config.page_tokens,
             dtype=setup.dtype,
         )
+    watch: WatchPool | None = None
+    if setup.config.has_watch_pool:
+        watch = WatchPool(
+            num_pivots=setup.tables.num_pivots,
+            num_slots=shape.num_slots,
+            head_dim=setup.head_dim,
+            watch_dtype=setup.config.watch_dtype,
+            dtype=setup.dtype,
+            device=pool.device,
+        )
+        assert watch.token_bytes == shape.watched_bytes
     runtime = HeteroRuntime(
         tables=setup.tables,
         config=setup.config,
@@ -210,18 +222,23 @@ def _build_runtime(pool: HeteroKVPool, req_to_token_pool: Any) -> HeteroRuntime:
         blocks=blocks,
         staging=staging,
         store=store,
+        watch=watch,
         req_to_token=req_to_token,
         group_size=setup.group_size,
     )
     logger.info(
-        "HeteroCache: profile %s, ratio %.3f (floor %.3f), %d resident and %d compressed heads, "
-        "%.1f MiB resident + %.1f MiB staging + %.1f MiB blocks, prefix reuse off, memd %s",
+        "HeteroCache: profile %s, preset %s, ratio %.3f (floor %.3f), %d resident and %d "
+        "compressed heads, %.1f MiB resident + %.1f MiB watched keys (%s) + %.1f MiB staging + "
+        "%.1f MiB blocks, prefix reuse off, memd %s",
         setup.profile.origin,
+        setup.config.preset,
         setup.config.ratio,
         setup.tables.floor,
         setup.tables.num_planes,
         setup.tables.num_compressed,
         shape.resident_bytes / 2**20,
+        shape.watch_bytes / 2**20,
+        setup.config.watch_dtype,
         shape.staging_bytes / 2**20,
         shape.block_bytes / 2**20,
         "off" if store is None else f"{store.client.num_pages} pages",

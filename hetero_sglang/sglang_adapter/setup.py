@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hetero_sglang.cache.sizing import SizingRule
+from hetero_sglang.cache.watch import watched_key_bytes
 from hetero_sglang.config import HeteroConfig
+from hetero_sglang.errors import ConfigError
 from hetero_sglang.policy.roles import RoleTables, build_role_tables
 from hetero_sglang.sglang_adapter.arguments import resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config
@@ -40,6 +42,33 @@ class Setup:
     dtype: torch.dtype
 
 
+def heads_of(config: HeteroConfig, profile: HeadProfile, item_bytes: int) -> RoleTables:
+    """Index tables of a profile under these settings.
+
+    Args:
+        config: Settings.
+        profile: Profile of the model.
+        item_bytes: Bytes of an element of the KV dtype.
+
+    Raises:
+        BudgetError: The ratio is not above the floor.
+        ConfigError: The model's head dimension does not suit the watched keys' format.
+    """
+    watched_share = 0.0
+    if config.has_watch_pool:
+        head_dim = profile.model.head_dim
+        try:
+            key_bytes = watched_key_bytes(config.watch_dtype, head_dim, item_bytes)
+        except ValueError as error:
+            raise ConfigError(
+                f"--kv-policy-watch-dtype {config.watch_dtype}: {error}; use model or int8"
+            ) from error
+        watched_share = key_bytes / (2 * head_dim * item_bytes)
+    tables = build_role_tables(profile, pivot_rows=config.pivot_rows, watched_share=watched_share)
+    config.budget_rule(tables).check(tables.num_compressed)
+    return tables
+
+
 _cache: dict[int, Setup] = {}
 
 
@@ -62,15 +91,17 @@ def setup_for(configurator: Any) -> Setup:
     plain.setdefault("architectures", model.hf_config.architectures)
     check_model_config(plain)
     profile = resolve_profile(config, plain)
-    tables = build_role_tables(profile)
     dtype: torch.dtype = configurator.kv_cache_dtype
+    tables = heads_of(config, profile, dtype.itemsize)
+    row_bytes = 2 * model.head_dim * dtype.itemsize
     rule = SizingRule(
         ratio=config.ratio,
         num_planes=tables.num_planes,
         num_compressed=tables.num_compressed,
-        row_bytes=2 * model.head_dim * dtype.itemsize,
+        row_bytes=row_bytes,
         block_tokens=config.block_tokens,
         context_tokens=model.context_len,
+        watched_bytes=round(tables.watched_share * row_bytes) * tables.num_pivots,
     )
     setup = Setup(
         config=config,

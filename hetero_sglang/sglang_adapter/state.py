@@ -26,6 +26,10 @@ def server_state(scheduler: Any) -> dict[str, Any]:
         "capacity_bytes": shape.resident_bytes,
         "used_bytes": live * setup.tables.num_planes * shape.row_bytes,
     }
+    state["areas"]["watch"] = {
+        "capacity_bytes": shape.watch_bytes,
+        "used_bytes": live * shape.watched_bytes,
+    }
     return {
         "enabled": True,
         "profile": setup.profile.origin,
@@ -33,7 +37,6 @@ def server_state(scheduler: Any) -> dict[str, Any]:
         "prefix_reuse": False,
         "drift_threshold": setup.config.drift_threshold,
         "drift_interval": setup.config.drift_interval,
-        "min_tokens": setup.config.min_tokens,
         "full_equivalent_bytes": live * token_bytes,
         "full_equivalent_capacity_bytes": allocator.size * token_bytes,
         **state,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.errors import HeteroError
-from hetero_sglang.policy.roles import build_role_tables
 from hetero_sglang.sglang_adapter.arguments import fail, read_model_config, resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config, check_server_args
+from hetero_sglang.sglang_adapter.setup import heads_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,11 +36,14 @@ def validate(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_model_config(model_config)
             config = HeteroConfig.from_dict(plain)
             profile = resolve_profile(config, model_config)
+            # Only fp32 is not two bytes; the scheduler checks again with the dtype it loaded.
+            item_bytes = 4 if view.dtype in ("float", "float32") else 2
             logger.info(
-                "HeteroCache: profile %s, ratio %.3f, floor %.3f, retrieval %s",
+                "HeteroCache: profile %s, preset %s, ratio %.3f, floor %.3f, retrieval %s",
                 profile.origin,
+                config.preset,
                 config.ratio,
-                build_role_tables(profile).floor,
+                heads_of(config, profile, item_bytes).floor,
                 config.retrieval,
             )
     except HeteroError as error:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ABI_VERSION = 3
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
+
+ABI_VERSION = 4
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -97,11 +99,16 @@ class ScoreStruct(ctypes.Structure):
         ("group_size", c_int32),
         ("num_threads", c_int32),
         ("scale", c_float),
+        ("key_dtype", c_int32),
+        ("num_groups", c_int32),
         ("num_items", c_int64),
         ("queries", c_void_p),
         ("keys", c_void_p),
         ("plane_stride", c_int64),
         ("slot_stride", c_int64),
+        ("scales", c_void_p),
+        ("scales_plane_stride", c_int64),
+        ("scales_slot_stride", c_int64),
         ("planes", c_void_p),
         ("slots", c_void_p),
         ("slots_stride", c_int64),
@@ -165,6 +172,30 @@ def pointer(tensor: Tensor | None) -> int | None:
     if tensor is None or tensor.numel() == 0:
         return None
     return tensor.data_ptr()
+
+
+KEY_DTYPE_CODES = {8: 3, 4: 4}
+"""``HkDtype`` of quantised keys by bits."""
+
+
+def key_fields(keys: Tensor | QuantizedKeys) -> dict[str, Any]:
+    """The fields of ``ScoreStruct`` that say where keys lie, [num_planes, num_slots, ...]."""
+    data = keys if isinstance(keys, torch.Tensor) else keys.data
+    fields: dict[str, Any] = {
+        "keys": pointer(data),
+        "plane_stride": data.stride(0),
+        "slot_stride": data.stride(1),
+    }
+    if isinstance(keys, torch.Tensor):
+        return {**fields, "key_dtype": DTYPE_CODES[keys.dtype]}
+    return {
+        **fields,
+        "key_dtype": KEY_DTYPE_CODES[keys.bits],
+        "num_groups": keys.scales.shape[2],
+        "scales": pointer(keys.scales),
+        "scales_plane_stride": keys.scales.stride(0),
+        "scales_slot_stride": keys.scales.stride(1),
+    }
 
 
 def library() -> Library | None:

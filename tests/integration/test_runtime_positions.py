@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from hetero_sglang.cache.blocks import BlockPool
 from hetero_sglang.cache.host_store import HostStore
 from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.cache.watch import WatchPool, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import build_role_tables
 from hetero_sglang.profile import load_profile
@@ -35,9 +37,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_NAME = "heterocache_runtime"
-LAYERS, KV_HEADS, GROUP, DIM, VOCAB = 3, 4, 2, 16, 97
+LAYERS, KV_HEADS, GROUP, DIM, VOCAB = 3, 4, 2, 32, 97
 CONTEXT, NUM_ROWS, NUM_SLOTS, BLOCK, PAGE = 384, 4, 700, 8, 16
-RATIO, INTERVAL, THRESHOLD, NUM_TOKENS = 0.55, 5, 0.25, 33
+INTERVAL, NUM_TOKENS = 5, 33
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of the method, and a threshold at which both verdicts occur on this model."""
+
+    ratio: float
+    threshold: float
+    pivot_rows: str = "all"
+    watch_dtype: str = "model"
+    window: int = 1
+    refresh_share: float = 1.0
+    is_filling: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the server's configuration."""
+        fields = vars(self).copy()
+        fields["drift_threshold"] = fields.pop("threshold")
+        return fields
+
+
+VARIANTS = {
+    "all": Variant(0.55, 0.3),
+    # So large a share that heads are clamped at the prompt's length.
+    "paper": Variant(0.85, 0.75, is_filling=False),
+    "budget-model": Variant(0.55, 0.3, "budget"),
+    "budget-int8-window": Variant(0.55, 0.45, "budget", "int8", 9, 0.25),
+    "budget-int4-window": Variant(0.55, 0.48, "budget", "int4", 9, 0.5),
+}
+LENGTHS = (150, 101)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 ROLES = (
     (PIVOT, SATELLITE, SATELLITE, ANCHOR),
     (SATELLITE, PIVOT, SATELLITE, VOLATILE),
@@ -99,9 +133,17 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Engine:
     """Runs requests of a Transformers model over the runtime's pools, one forward at a time."""
 
-    def __init__(self, model: PreTrainedModel, profile_path: Path, retrieval: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, profile_path: Path, retrieval: str, variant: str
+    ) -> None:
         self.model = model
-        self.tables = tables = build_role_tables(load_profile(profile_path))
+        settings = VARIANTS[variant]
+        share = 0.0
+        if settings.pivot_rows == "budget":
+            share = watched_key_bytes(settings.watch_dtype, DIM, 4) / (2 * DIM * 4)
+        self.tables = tables = build_role_tables(
+            load_profile(profile_path), pivot_rows=settings.pivot_rows, watched_share=share
+        )
         num_heads = tables.num_compressed
         self.memd = FakeMemd.create(
             KVLayout(num_heads=num_heads, head_dim=DIM, dtype="float32", page_tokens=PAGE),
@@ -117,14 +159,13 @@ class Engine:
         self.runtime = HeteroRuntime(
             tables=tables,
             config=HeteroConfig(
-                ratio=RATIO,
                 min_tokens=16,
                 drift_interval=INTERVAL,
-                drift_threshold=THRESHOLD,
                 block_tokens=BLOCK,
                 page_tokens=PAGE,
                 landing_rows=4096,
                 retrieval=retrieval,
+                **settings.settings,
             ),
             k_resident=resident,
             v_resident=resident.clone(),
@@ -147,6 +188,16 @@ class Engine:
                 page_tokens=PAGE,
                 dtype=torch.float32,
             ),
+            watch=WatchPool(
+                num_pivots=tables.num_pivots,
+                num_slots=NUM_SLOTS + 1,
+                head_dim=DIM,
+                watch_dtype=settings.watch_dtype,
+                dtype=torch.float32,
+                device="cpu",
+            )
+            if settings.pivot_rows == "budget"
+            else None,
             req_to_token=self.req_to_token,
             group_size=GROUP,
         )
@@ -246,14 +297,24 @@ def make_prompt(num_tokens: int) -> list[int]:
 
 
 def simulate(
-    model: PreTrainedModel, profile_path: Path, prompt: list[int], landing_steps: int
+    model: PreTrainedModel,
+    profile_path: Path,
+    prompt: list[int],
+    landing_steps: int,
+    variant: str,
 ) -> Trace:
+    settings = VARIANTS[variant]
     method = Method(
-        RATIO,
+        settings.ratio,
         min_tokens=16,
         drift_interval=INTERVAL,
-        drift_threshold=THRESHOLD,
+        drift_threshold=settings.threshold,
         landing_steps=landing_steps,
+        has_budgeted_pivots=settings.pivot_rows == "budget",
+        watched_bits={"model": 32, "int8": 8, "int4": 4}[settings.watch_dtype],
+        window=settings.window,
+        refresh_share=settings.refresh_share,
+        is_filling=settings.is_filling,
     )
     simulation = Simulation(model, Profile.load(profile_path), method)
     trace = simulation.generate(prefill(model, prompt), NUM_TOKENS)
@@ -306,14 +367,16 @@ def step_all(engine: Engine, followers: list[Follower]) -> None:
         follower.after_step(logprobs)
 
 
+# Chunks of 37 leave 2 tokens of the first prompt to its last chunk: the window reaches further.
+@every_variant
 @pytest.mark.parametrize("chunk", [400, 37], ids=["whole", "chunked"])
 def test_sync_retrieval_holds_the_simulations_positions_at_every_step(
-    model: PreTrainedModel, profile_path: Path, chunk: int
+    model: PreTrainedModel, profile_path: Path, chunk: int, variant: str
 ) -> None:
-    engine = Engine(model, profile_path, "sync")
+    engine = Engine(model, profile_path, "sync", variant)
     first, second = (
-        Follower(engine, row, prompt, simulate(model, profile_path, prompt, 0))
-        for row, prompt in ((1, make_prompt(150)), (3, make_prompt(97)))
+        Follower(engine, row, prompt, simulate(model, profile_path, prompt, 0, variant))
+        for row, prompt in zip((1, 3), map(make_prompt, LENGTHS), strict=True)
     )
     first.begin(chunk)
     # Checks of the two fall on different steps.
@@ -328,14 +391,15 @@ def test_sync_retrieval_holds_the_simulations_positions_at_every_step(
     finish(engine, [first, second])
 
 
+@pytest.mark.parametrize("variant", ["all", "budget-int8-window"])
 @pytest.mark.parametrize("landing_steps", [1, 2, 4])
 def test_async_rows_land_late_and_are_the_simulations(
-    model: PreTrainedModel, profile_path: Path, landing_steps: int
+    model: PreTrainedModel, profile_path: Path, landing_steps: int, variant: str
 ) -> None:
-    engine = Engine(model, profile_path, "async")
-    prompts = {1: make_prompt(150), 3: make_prompt(97)}
+    engine = Engine(model, profile_path, "async", variant)
+    prompts = dict(zip((1, 3), map(make_prompt, LENGTHS), strict=True))
     followers = [
-        Follower(engine, row, prompt, simulate(model, profile_path, prompt, landing_steps))
+        Follower(engine, row, prompt, simulate(model, profile_path, prompt, landing_steps, variant))
         for row, prompt in prompts.items()
     ]
     # Without this the test could not tell early from late, or a fetch from none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from tests.simulation.compare import Stream, compare
 from tests.simulation.engine import Simulation, prefill
 from tests.simulation.method import (
     ANCHOR,
+    NUM_SINKS,
     PIVOT,
     SATELLITE,
     VOLATILE,
@@ -26,9 +28,14 @@ from tests.simulation.method import (
     best_first,
     boundary_margin,
     head_budgets,
+    held_heads,
     median,
     overlap,
     pooled_scores,
+    protect,
+    quantise,
+    watched_key_bits,
+    window_scores,
 )
 from tests.simulation.texts import prompt_ids
 
@@ -38,6 +45,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tests.simulation.engine import Prefill
+
+
+FILLING = functools.partial(Method.paper, min_tokens=0, is_filling=True)
+"""Pivots keep all rows and the last query selects; nothing of a budget is lost."""
+BUDGETED = functools.partial(Method, min_tokens=0, window=8)
+"""Pivots keep a budget and watch with quantised keys; a window selects."""
+both_pivot_rows = pytest.mark.parametrize("make", [FILLING, BUDGETED], ids=["all", "budget"])
 
 
 def make_profile(num_layers: int, num_heads: int, seed: int = 0) -> Profile:
@@ -92,17 +106,44 @@ def tiny_prompt() -> list[int]:
 
 class TestBudget:
     def test_ratio_one_keeps_everything(self, tiny_profile: Profile) -> None:
-        budget = head_budgets(tiny_profile, Method(1.0, min_tokens=0), 100)
+        budget = head_budgets(tiny_profile, FILLING(1.0), 100, 16)
         assert budget.keeps_all
         assert set(budget.tokens.values()) == {100}
 
     def test_short_prompts_keep_everything(self, tiny_profile: Profile) -> None:
-        assert head_budgets(tiny_profile, Method(0.8, min_tokens=101), 100).keeps_all
-        assert not head_budgets(tiny_profile, Method(0.8, min_tokens=100), 100).keeps_all
+        assert head_budgets(tiny_profile, Method(0.8, min_tokens=101), 100, 16).keeps_all
+        assert not head_budgets(tiny_profile, Method(0.8, min_tokens=100), 100, 16).keeps_all
 
-    def test_a_ratio_at_the_floor_is_refused(self, tiny_profile: Profile) -> None:
+    @both_pivot_rows
+    def test_a_ratio_at_the_floor_is_refused(
+        self, tiny_profile: Profile, make: functools.partial[Method]
+    ) -> None:
+        floor = held_heads(tiny_profile, make(0.9), 64) / 12
         with pytest.raises(ValueError, match="floor"):
-            head_budgets(tiny_profile, Method(tiny_profile.floor), 5000)
+            head_budgets(tiny_profile, make(floor), 5000, 64)
+        assert head_budgets(tiny_profile, make(floor + 0.01), 5000, 64).base > 0
+
+    def test_budgeted_pivots_cost_their_watched_keys_and_get_a_budget(
+        self, tiny_profile: Profile
+    ) -> None:
+        # int8 with one 16-bit scale against K and V of 64 elements of 32 bits.
+        assert watched_key_bits(8, 64) == 64 * 8 + 16
+        assert watched_key_bits(4, 64) == 64 * 4 + 2 * 16
+        share = (64 * 8 + 16) / (2 * 64 * 32)
+        volatile = len(tiny_profile.heads(VOLATILE))
+        budget = head_budgets(tiny_profile, BUDGETED(0.5), 1000, 64)
+        assert len(budget.tokens) == 12 - volatile
+        assert budget.base == int((6 - volatile - share * 3) * 1000 / (12 - volatile))
+        pivots = [budget.tokens[head] for head in tiny_profile.heads(PIVOT)]
+        assert pivots == [pivots[0]] * 3
+        # Nobody watches without retrieval, and where everything is kept.
+        for free in (BUDGETED(0.5, is_retrieving=False), BUDGETED(1.0)):
+            assert free.watched_share(64) == 0
+
+    def test_the_papers_formula_loses_what_a_full_head_leaves(self) -> None:
+        profile = Profile([[ANCHOR, ANCHOR]], [[1.5, 0.5]], {})
+        budget = head_budgets(profile, Method.paper(0.8), 100, 64)
+        assert list(budget.tokens.values()) == [100, 40]
 
     def test_what_a_full_head_leaves_goes_to_the_others_in_proportion(self) -> None:
         # Base is 50 of 100; the first head would take 125 and leaves 25 for the other three.
@@ -111,7 +152,7 @@ class TestBudget:
             [[0.0, 2.5, 0.6, 0.6, 0.3]],
             {(0, 0): (1, 2, 3, 4)},
         )
-        budget = head_budgets(profile, Method(0.6, min_tokens=0), 100)
+        budget = head_budgets(profile, FILLING(0.6), 100, 16)
         assert budget.base == 50
         assert list(budget.tokens.values()) == [100, 40, 40, 20]
 
@@ -126,7 +167,10 @@ class TestBudget:
         count = len(weights)
         mean = sum(weights) / count
         profile = Profile([[ANCHOR] * count], [[w / mean for w in weights]], {})
-        budget = head_budgets(profile, Method(ratio, min_tokens=0), num_prompt)
+        budget = head_budgets(profile, FILLING(ratio), num_prompt, 16)
+        if int(ratio * num_prompt + 1e-9) < 1:
+            assert budget.keeps_all
+            return
         spent = sum(budget.tokens.values())
         assert all(0 <= b <= num_prompt for b in budget.tokens.values())
         # Rounding down loses less than one token a head.
@@ -163,22 +207,65 @@ class TestScores:
         assert boundary_margin(scores, order, 4) == math.inf
 
 
+class TestWindow:
+    def test_the_mean_of_causal_attention_pooled(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        queries = torch.randn(3, 2, 4, generator=generator)
+        keys = torch.randn(9, 4, generator=generator)
+        expected = torch.zeros(9)
+        for w, seen in enumerate((7, 8, 9)):
+            for g in range(2):
+                products = torch.tensor([float(queries[w, g] @ keys[p]) for p in range(seen)])
+                expected[:seen] += torch.softmax(products * 0.5, 0) / 6
+        pooled = torch.tensor([expected[max(0, p - 2) : p + 3].sum() / 5 for p in range(9)])
+        assert torch.allclose(window_scores(queries, keys, 0.5), pooled, atol=1e-6)
+
+    def test_sinks_and_the_window_come_first(self) -> None:
+        scores = torch.rand(40, generator=torch.Generator().manual_seed(2))
+        order = best_first(protect(scores, 6)).tolist()
+        assert order[:10] == [0, 1, 2, 3, 39, 38, 37, 36, 35, 34]
+        assert order[10:] == [p for p in best_first(scores).tolist() if 4 <= p < 34]
+        assert torch.equal(protect(scores, 1), scores)
+
+
+class TestQuantise:
+    @pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+    def test_no_element_moves_further_than_half_a_step(self, bits: int, steps: int) -> None:
+        keys = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+        keys[7] = 0
+        size = 64 if bits == 8 else 32
+        largest = keys.view(50, -1, size).abs().amax(-1, keepdim=True)
+        error = (quantise(keys, bits) - keys).view(50, -1, size).abs()
+        # The scale itself is rounded by up to one part in 256.
+        assert torch.all(error <= largest / steps * 0.5 * 1.01 + largest / 256)
+        assert torch.all(quantise(keys, bits)[7] == 0)
+
+    def test_wider_elements_pass(self) -> None:
+        keys = torch.randn(5, 64)
+        assert quantise(keys, 16) is keys
+
+
 class TestSimulation:
     def test_full_residency_is_greedy_generation(
         self, tiny_model: PreTrainedModel, tiny_profile: Profile, tiny_prompt: list[int]
     ) -> None:
-        trace = Simulation(tiny_model, tiny_profile, Method(1.0, min_tokens=0)).generate(
+        trace = Simulation(tiny_model, tiny_profile, BUDGETED(1.0)).generate(
             prefill(tiny_model, tiny_prompt), 40
         )
         assert trace.tokens == greedy(tiny_model, tiny_prompt, 40)
         assert not trace.checks
 
+    @both_pivot_rows
     def test_following_its_own_tokens_repeats_the_run(
-        self, tiny_model: PreTrainedModel, tiny_profile: Profile, tiny_prompt: list[int]
+        self,
+        tiny_model: PreTrainedModel,
+        tiny_profile: Profile,
+        tiny_prompt: list[int],
+        make: functools.partial[Method],
     ) -> None:
         # `follow` takes S tokens at a time, `generate` one.
         prompt = prefill(tiny_model, tiny_prompt)
-        simulation = Simulation(tiny_model, tiny_profile, Method(0.55, min_tokens=0))
+        simulation = Simulation(tiny_model, tiny_profile, make(0.55))
         one_by_one = simulation.generate(prompt, 33)
         in_chunks = simulation.follow(prompt, one_by_one.tokens)
         assert in_chunks.tokens == one_by_one.tokens
@@ -187,10 +274,16 @@ class TestSimulation:
         assert one_by_one.num_drifts > 0
         assert {c.step for c in one_by_one.checks} == {5, 10, 15, 20, 25, 30}
 
+    @both_pivot_rows
     def test_it_computes_what_the_definition_says(
-        self, tiny_model: PreTrainedModel, tiny_profile: Profile, tiny_prompt: list[int]
+        self,
+        tiny_model: PreTrainedModel,
+        tiny_profile: Profile,
+        tiny_prompt: list[int],
+        make: functools.partial[Method],
     ) -> None:
-        method = Method(0.6, min_tokens=0, drift_threshold=0.4)
+        # Both verdicts occur, and no selection is so near a tie that rounding decides it.
+        method = make(0.6, drift_threshold=0.4 if make is FILLING else 0.6)
         trace = Simulation(tiny_model, tiny_profile, method).generate(
             prefill(tiny_model, tiny_prompt), 17
         )
@@ -205,7 +298,7 @@ class TestSimulation:
         self, tiny_model: PreTrainedModel, tiny_profile: Profile, tiny_prompt: list[int]
     ) -> None:
         prompt = prefill(tiny_model, tiny_prompt)
-        method = Method(0.55, min_tokens=0, is_retrieving=False)
+        method = FILLING(0.55, is_retrieving=False)
         simulation = Simulation(tiny_model, tiny_profile, method)
         before = simulation.generate(prompt, 20)
         for selection in before.selections:
@@ -236,6 +329,9 @@ class TestCompare:
             {"drift_interval": 4},
             {"drift_threshold": 0.0},
             {"is_retrieving": False},
+            {"has_budgeted_pivots": True},
+            {"window": 8},
+            {"refresh_share": 0.5},
         ],
         ids=lambda changed: ",".join(changed),
     )
@@ -246,7 +342,7 @@ class TestCompare:
         tiny_prompt: list[int],
         changed: dict[str, float],
     ) -> None:
-        method = Method(0.55, min_tokens=0)
+        method = FILLING(0.55)
         prompt = prefill(tiny_model, tiny_prompt)
         right = Simulation(tiny_model, tiny_profile, method)
         wrong = Simulation(tiny_model, tiny_profile, dataclasses.replace(method, **changed))
@@ -258,12 +354,12 @@ class TestCompare:
         self, tiny_model: PreTrainedModel, tiny_profile: Profile, tiny_prompt: list[int]
     ) -> None:
         prompt = prefill(tiny_model, tiny_prompt)
-        simulation = Simulation(tiny_model, tiny_profile, Method(0.55, min_tokens=0))
+        simulation = Simulation(tiny_model, tiny_profile, FILLING(0.55))
         trace = simulation.generate(prompt, 32)
         # The closest call among the verdicts; with a threshold right there it is a tie.
         closest = min(trace.checks, key=lambda c: c.distance)
         threshold = median(list(closest.overlaps)) + 1e-9
-        tied = Method(0.55, min_tokens=0, drift_threshold=threshold)
+        tied = FILLING(0.55, drift_threshold=threshold)
         event = (closest.step, closest.layer, closest.pivot)
         simulation = Simulation(tiny_model, tiny_profile, tied)
         theirs = simulation.variant(inverted={event}).generate(prompt, 32)
@@ -330,11 +426,12 @@ def by_definition(
     from the hidden states it has kept), no batching of queries, sets as Python sets.
     """
     num_prompt, num_heads = len(prompt), profile.num_heads
-    budget = head_budgets(profile, method, num_prompt)
+    budget = head_budgets(profile, method, num_prompt, model.config.head_dim)
     hidden_of: list[list[torch.Tensor]] = [[] for _ in range(profile.num_layers)]
     kept: dict[tuple[int, int], set[int]] = {}
     reference: dict[tuple[int, int], list[int]] = {}
     history: dict[tuple[int, int], list[list[float]]] = {}
+    shares: dict[tuple[int, int], list[list[float]]] = {}
     logprobs, verdicts = [], []
     base = model.model
     with torch.inference_mode():
@@ -342,16 +439,27 @@ def by_definition(
             hidden = base.embed_tokens(torch.tensor([[token]]))
             for index, block in enumerate(base.layers):
                 hidden_of[index].append(block.input_layernorm(hidden)[0, 0])
-                attention, scores = _attend(
-                    model, index, torch.stack(hidden_of[index]), kept, num_prompt
+                bits = {
+                    head: method.watched_bits if method.has_budgeted_pivots else 32
+                    for layer, head in profile.heads(PIVOT)
+                    if layer == index
+                }
+                attention, scores, means = _attend(
+                    model, index, torch.stack(hidden_of[index]), kept, num_prompt, bits
                 )
                 for head in range(num_heads):
                     history.setdefault((index, head), []).append(scores[head])
+                    shares.setdefault((index, head), []).append(means[head])
                 hidden = hidden + block.self_attn.o_proj(attention)[None, None]
                 hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
             if position == num_prompt - 1:
                 for layer, head in budget.tokens:
-                    order = _ranking(history[layer, head][-1])
+                    seen = history[layer, head][-1]
+                    if method.window > 1:
+                        seen = _window_scores(shares[layer, head][-method.window :], num_prompt)
+                    elif (layer, head) in profile.heads(PIVOT) and method.has_budgeted_pivots:
+                        raise AssertionError("a last query's exact score is not recorded here")
+                    order = _ranking(seen, method.window)
                     kept[layer, head] = set(order[: budget.tokens[layer, head]])
                 for head in profile.heads(PIVOT):
                     reference[head] = _ranking(history[head][-1])[: budget.base]
@@ -364,20 +472,39 @@ def by_definition(
                 for pivot, old in reference.items():
                     recent = history[pivot][-method.drift_interval :]
                     tops = [_ranking(scores)[: budget.base] for scores in recent]
-                    shares = [len(set(old) & set(top)) / len(old) for top in tops]
-                    has_drifted = median(shares) < method.drift_threshold
+                    overlaps = [len(set(old) & set(top)) / len(old) for top in tops]
+                    has_drifted = median(overlaps) < method.drift_threshold
                     verdicts.append(has_drifted)
                     if has_drifted:
                         reference[pivot] = tops[-1]
-                        for satellite in profile.satellites_of[pivot]:
-                            best = _ranking(recent[-1])
-                            room = budget.tokens[pivot[0], satellite]
-                            kept[pivot[0], satellite] = set(best[:room])
+                        followers = list(profile.satellites_of[pivot])
+                        if method.has_budgeted_pivots:
+                            followers.append(pivot[1])
+                        best = _ranking(recent[-1], method.window)
+                        for follower in followers:
+                            place = (pivot[0], follower)
+                            room = budget.tokens[place]
+                            first = math.ceil(method.refresh_share * room)
+                            # The best come in, then what was held fills the rest, best first.
+                            held = [p for p in best[first:] if p in kept[place]]
+                            kept[place] = set([*best[:first], *held][:room])
     return logprobs, verdicts
 
 
-def _ranking(scores: list[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda p: (-scores[p], p))
+def _ranking(scores: list[float], window: int = 1) -> list[int]:
+    """Positions best first; with a window, sinks and then the window from its end come first."""
+    num = len(scores)
+    rest = sorted(range(num), key=lambda p: (-scores[p], p))
+    if window == 1:
+        return rest
+    first = [*range(NUM_SINKS), *range(num - 1, num - window - 1, -1)]
+    return [*first, *(p for p in rest if p not in first)]
+
+
+def _window_scores(rows: list[list[float]], num_prompt: int) -> list[float]:
+    padded = [row + [0.0] * (num_prompt - len(row)) for row in rows]
+    mean = [sum(column) / len(rows) for column in zip(*padded, strict=True)]
+    return [sum(mean[max(0, p - 2) : p + 3]) / 5 for p in range(num_prompt)]
 
 
 def _attend(
@@ -386,8 +513,11 @@ def _attend(
     rows: torch.Tensor,
     kept: dict[tuple[int, int], set[int]],
     num_prompt: int,
-) -> tuple[torch.Tensor, list[list[float]]]:
-    """Attention of the newest row, [num_q_heads * D], and each KV head's pooled prompt scores."""
+    watched_bits: dict[int, int],
+) -> tuple[torch.Tensor, list[list[float]], list[list[float]]]:
+    """Attention of the newest row, [num_q_heads * D], and of each KV head over the prompt: pooled
+    scores (of a pivot with its watched keys) and the group's mean probabilities.
+    """
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     attention = model.model.layers[index].self_attn
@@ -398,7 +528,7 @@ def _attend(
     k = attention.k_proj(rows).view(1, total, -1, dim).transpose(1, 2)
     v = attention.v_proj(rows).view(1, total, -1, dim).transpose(1, 2)
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    outputs, scores = [], []
+    outputs, scores, means = [], [], []
     for query_head in range(q.shape[1]):
         head = query_head // group
         seen = [
@@ -409,10 +539,15 @@ def _attend(
         logits = k[0, head] @ q[0, query_head, -1] * attention.scaling
         outputs.append(torch.softmax(logits[seen], 0) @ v[0, head, seen])
         # Scores are over the prompt alone, whatever the head may see.
-        share = torch.softmax(logits[:num_prompt], 0).tolist()
+        exact = torch.softmax(logits[:num_prompt], 0).tolist()
+        watched = quantise(k[0, head, :num_prompt], watched_bits.get(head, 32))
+        watched_logits = watched @ q[0, query_head, -1] * attention.scaling
+        share = torch.softmax(watched_logits, 0).tolist()
         pooled = [sum(share[max(0, p - 2) : p + 3]) / 5 for p in range(len(share))]
         if query_head % group == 0:
             scores.append(pooled)
+            means.append([p / group for p in exact])
         else:
             scores[-1] = [max(a, b) for a, b in zip(scores[-1], pooled, strict=True)]
-    return torch.cat(outputs), scores
+            means[-1] = [a + b / group for a, b in zip(means[-1], exact, strict=True)]
+    return torch.cat(outputs), scores, means

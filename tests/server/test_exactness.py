@@ -29,15 +29,27 @@ PROMPTS = (
     PromptSpec("code", 6_000, 9_000),
 )
 COMPRESSED = tuple(spec for spec in PROMPTS if spec.num_tokens >= 1_024)
-# What a scheduler may do differently must not change a token: chunks and overlap.
+SYNC = ("--kv-policy-retrieval", "sync")
+PAPER = ("--kv-policy-preset", "paper")
+# What a scheduler may do differently must not change a token: chunks and overlap. Chunks of 1,487
+# leave 13 and 26 tokens to the last chunk of two prompts, less than the selection window.
+RESCHEDULED = ("--chunked-prefill-size", "1487", "--disable-overlap-schedule")
 SERVERS = {
-    1.0: policy_flags(1.0),
-    0.5: policy_flags(0.5, "--kv-policy-retrieval", "sync"),
-    0.6: policy_flags(
-        *(0.6, "--kv-policy-retrieval", "sync"),
-        *("--chunked-prefill-size", "1024", "--disable-overlap-schedule"),
+    "all kept": (Method(1.0), policy_flags(1.0)),
+    "half": (Method(0.5), policy_flags(0.5, *SYNC)),
+    "a third, rescheduled": (Method(0.3), policy_flags(0.3, *SYNC, *RESCHEDULED)),
+    "paper, half, rescheduled": (
+        Method.paper(0.5),
+        policy_flags(0.5, *SYNC, *PAPER, *RESCHEDULED),
     ),
 }
+# Every server answers five requests at once; one at a time is looked at for two of them.
+RUNS = [
+    ("half", "single"),
+    ("half", "concurrent"),
+    ("a third, rescheduled", "concurrent"),
+    ("paper, half, rescheduled", "concurrent"),
+]
 
 
 @pytest.fixture(params=["single", "concurrent"])
@@ -67,7 +79,7 @@ def test_ratio_one_gives_stocks_tokens(
     servers: ServerPool, reference: Reference, mode: str
 ) -> None:
     stock = ask(servers.get(), reference, "single")
-    policy = ask(servers.get(*SERVERS[1.0]), reference, mode)
+    policy = ask(servers.get(*SERVERS["all kept"][1]), reference, mode)
     for spec in PROMPTS:
         assert len(policy[spec].token_ids) == NUM_TOKENS
         if policy[spec].token_ids != stock[spec].token_ids:
@@ -94,31 +106,36 @@ def _same_context(ours: list[int], theirs: list[int]) -> list[bool]:
     return [first is None or i < first for i in range(len(ours))]
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.6])
+@pytest.mark.parametrize(("name", "how"), RUNS)
 def test_sync_retrieval_gives_the_simulations_tokens(
-    servers: ServerPool, reference: Reference, mode: str, ratio: float
+    servers: ServerPool, reference: Reference, name: str, how: str
 ) -> None:
-    answers = ask(servers.get(*SERVERS[ratio]), reference, mode)
+    method, flags = SERVERS[name]
+    answers = ask(servers.get(*flags), reference, how)
     for spec in PROMPTS:
         assert len(answers[spec].token_ids) == NUM_TOKENS
-        verdict = reference.judge(Method(ratio), spec, answers[spec])
+        verdict = reference.judge(method, spec, answers[spec])
         error = f"{verdict.logprob_error:.1e}"
-        logger.info("%s %s: %s, log-probabilities within %s", ratio, spec, verdict.evidence, error)
+        logger.info(
+            "%s, %s: %s, %d drifts, log-probabilities within %s",
+            *(name, spec, verdict.evidence, verdict.trace.num_drifts, error),
+        )
         assert verdict.is_accepted, f"{spec}: {verdict.evidence}"
 
 
 def test_the_comparison_would_notice_another_method(
     servers: ServerPool, reference: Reference
 ) -> None:
-    answers = ask(servers.get(*SERVERS[0.5]), reference, "single")
+    answers = ask(servers.get(*SERVERS["half"][1]), reference, "single")
     for spec in COMPRESSED:
-        for wrong in (Method(1.0), Method(0.51)):
+        for wrong in (Method(1.0), Method(0.49), Method.paper(0.5, min_tokens=1024)):
             assert not reference.judge(wrong, spec, answers[spec]).is_accepted, (spec, wrong)
     # Not every prompt makes attention drift; where it does, these must be seen.
     for wrong in (
         Method(0.5, is_retrieving=False),
         Method(0.5, drift_interval=6),
         Method(0.5, drift_threshold=0.4),
+        Method(0.5, window=31),
     ):
         verdicts = [reference.judge(wrong, spec, answers[spec]) for spec in COMPRESSED]
         assert not all(verdict.is_accepted for verdict in verdicts), wrong

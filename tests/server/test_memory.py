@@ -16,7 +16,7 @@ from tests.server.harness import RETRACTED, start_server
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.server.conftest import Reference
+    from tests.server.conftest import Reference, ServerPool
     from tests.server.harness import Server
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,10 @@ PROMPT_TOKENS = 3_000
 NEW_TOKENS = 32
 STOCK_REQUESTS = 14
 STOCK_TOKENS = STOCK_REQUESTS * (PROMPT_TOKENS + NEW_TOKENS) + 400
-GAIN = 1.7
-POLICY_REQUESTS = math.ceil(GAIN * STOCK_REQUESTS)
-# The policy's pools take fewer bytes for a token of SGLang's; the test checks that these tokens
-# cost no more bytes than stock's.
-POLICY_TOKENS = int(1.74 * STOCK_TOKENS)
-FLAGS = ("--context-length", "3072", "--max-running-requests", "40")
+# Share, how many times stock's requests, and the logical tokens to ask for as a multiple of stock's
+# (the policy's pools take fewer bytes for one; the test checks that all cost no more than stock's).
+GAINS = [(0.5, 1.7, 1.715), (0.3, 2.7, 2.75)]
+FLAGS = ("--context-length", "3072", "--max-running-requests", "48")
 
 
 def peak_concurrency(server: Server, prompts: list[list[int]]) -> int:
@@ -63,28 +61,66 @@ def peak_concurrency(server: Server, prompts: list[list[int]]) -> int:
     return peak
 
 
-def test_ratio_half_runs_1_7_times_the_requests_in_the_same_bytes(
-    demo_model_dir: Path, tmp_path: Path, reference: Reference
-) -> None:
-    prompts = [
-        reference.ids(PromptSpec("prose", PROMPT_TOKENS, 4_000 * i))
-        for i in range(POLICY_REQUESTS + 1)
-    ]
-    stock_bytes = STOCK_TOKENS * reference.token_bytes
-    with start_server(
-        demo_model_dir, tmp_path / "stock", *FLAGS, max_total_tokens=STOCK_TOKENS
-    ) as server:
+@pytest.fixture(scope="module")
+def stock_peak(
+    demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, reference: Reference
+) -> int:
+    """Requests that stock runs at once in its bytes."""
+    directory = tmp_path_factory.mktemp("memory") / "stock"
+    with start_server(demo_model_dir, directory, *FLAGS, max_total_tokens=STOCK_TOKENS) as server:
         assert server.state()["max_total_tokens"] == STOCK_TOKENS
-        stock = peak_concurrency(server, prompts[: STOCK_REQUESTS + 2])
-    assert stock == STOCK_REQUESTS
+        return peak_concurrency(server, prompts(reference, STOCK_REQUESTS + 2))
+
+
+def prompts(reference: Reference, count: int) -> list[list[int]]:
+    return [reference.ids(PromptSpec("prose", PROMPT_TOKENS, 4_000 * i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(("ratio", "gain", "tokens"), GAINS)
+def test_more_requests_run_in_the_same_bytes(
+    demo_model_dir: Path,
+    tmp_path: Path,
+    reference: Reference,
+    stock_peak: int,
+    ratio: float,
+    gain: float,
+    tokens: float,
+) -> None:
+    assert stock_peak == STOCK_REQUESTS
+    stock_bytes = STOCK_TOKENS * reference.token_bytes
+    wanted = math.ceil(gain * stock_peak)
     with start_server(
-        *(demo_model_dir, tmp_path / "policy", *FLAGS, *policy_flags(0.5)),
-        max_total_tokens=POLICY_TOKENS,
+        *(demo_model_dir, tmp_path / "policy", *FLAGS, *policy_flags(ratio)),
+        max_total_tokens=int(tokens * STOCK_TOKENS),
     ) as server:
         areas = server.heterocache()["areas"]
-        assert sum(area["capacity_bytes"] for area in areas.values()) <= stock_bytes
-        policy = peak_concurrency(server, prompts)
-        logger.info("%d and %d requests in %d MiB", stock, policy, stock_bytes >> 20)
+        kv_bytes = sum(area["capacity_bytes"] for area in areas.values())
+        assert kv_bytes <= stock_bytes
+        policy = peak_concurrency(server, prompts(reference, wanted + 1))
+        logger.info(
+            "ratio %s: %d against %d requests in %d MiB (stock: %d MiB)",
+            *(ratio, policy, stock_peak, kv_bytes >> 20, stock_bytes >> 20),
+        )
         state = server.heterocache()
-    assert policy >= POLICY_REQUESTS
+    assert policy >= wanted
     assert state["integrity"] == "ok"
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_ratio_is_the_share_of_bytes_that_a_prompt_holds(
+    servers: ServerPool, reference: Reference, preset: str
+) -> None:
+    ratio = {"default": 0.3, "paper": 0.5}[preset]
+    server = servers.get(*policy_flags(ratio, "--kv-policy-preset", preset))
+    ids = reference.ids(PromptSpec("prose", 6_000, 50_000))
+    with server.stream(ids, 256) as chunks:
+        generated = next(iter(chunks)).num_tokens
+        state = server.heterocache()
+    server.wait_until_idle()
+    held = sum(state["areas"][area]["used_bytes"] for area in ("resident", "watch", "blocks"))
+    full = len(ids) * reference.token_bytes
+    # Blocks are handed out whole: at most one of 32 rows more a head, and the first new tokens.
+    slack = (32 + 32 + generated) * reference.token_bytes
+    assert held <= ratio * full + slack
+    # Nothing is given away either, but what the paper's formula loses where heads are clamped.
+    assert held >= (ratio - 0.02) * full

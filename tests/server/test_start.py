@@ -10,6 +10,7 @@ import pytest
 
 from tests.server.conftest import POLICY, PROFILE_PATH, policy_flags
 from tests.server.harness import run_to_refusal, start_server
+from tests.simulation.method import Method, held_heads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,15 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
 
 # What each of these says is what a user has to find out what to do: flag, value, reason.
 REFUSED = {
-    "ratio under the floor": (policy_flags(0.2), r"--kv-policy-ratio.*0\.2.*floor"),
+    "ratio under the floor": (policy_flags(0.06), r"--kv-policy-ratio.*0\.06.*floor"),
+    "ratio under the paper's floor": (
+        policy_flags(0.3, "--kv-policy-preset", "paper"),
+        r"--kv-policy-ratio 0\.3.*floor 0\.3556.*--kv-policy-pivot-rows budget",
+    ),
+    "watched keys of pivots that keep their rows": (
+        policy_flags(0.5, "--kv-policy-pivot-rows", "all", "--kv-policy-watch-dtype", "int8"),
+        r"--kv-policy-watch-dtype must be model.*int8",
+    ),
     "ratio above one": (policy_flags(1.5), r"--kv-policy-ratio.*1\.5"),
     "a flag without the policy": (
         ("--kv-policy-ratio", "0.6"),
@@ -92,6 +101,10 @@ def test_a_config_file_sets_the_same_flags(
         "kv-policy-drift-interval: 3\n"
         "kv-policy-drift-threshold: 0.4\n"
         "kv-policy-retrieval: sync\n"
+        "kv-policy-preset: paper\n"
+        "kv-policy-pivot-rows: budget\n"
+        "kv-policy-watch-dtype: int4\n"
+        "kv-policy-window: 16\n"
         "kv-policy-min-tokens: 64\n"
         "kv-policy-memd-bytes: 512MiB\n"
         f"kv-policy-profile: {PROFILE_PATH}\n"
@@ -107,7 +120,15 @@ def test_a_config_file_sets_the_same_flags(
     assert state["retrieval"] == "sync"
     assert state["min_tokens"] == 64
     assert state["profile"] == str(PROFILE_PATH)
-    assert state["floor"] == pytest.approx(reference.profile.floor)
+    assert state["preset"] == "paper"
+    assert state["pivot_rows"] == "budget"
+    assert state["watch_dtype"] == "int4"
+    assert state["window"] == 16
+    method = Method.paper(0.7, has_budgeted_pivots=True, watched_bits=4)
+    held = held_heads(reference.profile, method, reference.model.config.head_dim)
+    assert state["floor"] == pytest.approx(held / 90)
+    # int4 with a 16-bit scale for 32 elements, of 30 pivots, for every token id.
+    assert state["areas"]["watch"]["capacity_bytes"] == 4097 * 30 * (32 + 4)
     assert state["prefix_reuse"] is False
 
 

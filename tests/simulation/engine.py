@@ -27,15 +27,20 @@ from tests.simulation.method import (
     median,
     overlap,
     pooled_scores,
+    protect,
+    quantise,
+    window_scores,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
 ATTENTION_NAME = "heterocache_simulation"
+MAX_WINDOW = 64
+"""Queries of a prompt that are kept for selection."""
 
 Head = tuple[int, int]
 """(layer, KV head)."""
@@ -71,6 +76,25 @@ class DriftCheck:
     """The set in force after the check, int64 [K], best first."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a pivot looks at in a check, for studies that decide it otherwise."""
+
+    step: int
+    layer: int
+    pivot: int
+    keys: Tensor = field(repr=False)
+    """The prompt's exact keys, fp32 [N, D]."""
+    scale: float
+    reference_queries: Tensor = field(repr=False)
+    """Queries of the group by which the reference set was made, fp32 [G, D]."""
+    queries: Tensor = field(repr=False)
+    """The last S steps' queries, oldest first, fp32 [S, G, D]."""
+    size: int
+    """Positions of the sets, K."""
+    has_drifted: bool
+
+
 @dataclass
 class Trace:
     """All that a simulated request did."""
@@ -85,6 +109,8 @@ class Trace:
     """Logit of the choice minus that of the forced token (0 where they agree)."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of the forced token, of the choice where nothing is forced."""
+    distributions: list[Tensor] = field(default_factory=list, repr=False)
+    """Log-probabilities of all tokens at every step, fp32 [vocab] each; only if asked for."""
     selections: list[Selection] = field(default_factory=list)
     checks: list[DriftCheck] = field(default_factory=list)
 
@@ -156,8 +182,8 @@ class _Attention:
         layer.keys[:, start:end] = key
         layer.values[:, start:end] = value
         queries = query.view(num_heads, group, num_new, head_dim).transpose(1, 2)
-        # Of a prompt only the last query is ever looked at.
-        self.queries[index] = queries if start else queries[:, -1:].clone()
+        # Of a prompt only the last queries are ever looked at.
+        self.queries[index] = queries if start else queries[:, -MAX_WINDOW:].clone()
         if start == 0:
             return F.scaled_dot_product_attention(
                 query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
@@ -229,6 +255,13 @@ def _forward(model: PreTrainedModel, state: _Attention, tokens: Sequence[int]) -
     return output.logits[0].float()
 
 
+def _with_swap(order: Tensor, count: int) -> Tensor:
+    """The order with the last of the first ``count`` and the one after it exchanged."""
+    swapped = order.clone()
+    swapped[[count - 1, count]] = order[[count, count - 1]]
+    return swapped
+
+
 class Simulation:
     """Simulates requests on one model, one profile and one set of settings.
 
@@ -239,6 +272,7 @@ class Simulation:
         swapped: Selections whose last position is replaced by the runner-up, to see what a
             near-tie decided the other way would change.
         inverted: Drift checks whose verdict is inverted, for the same purpose.
+        observer: Called with every drift check.
     """
 
     def __init__(
@@ -249,12 +283,17 @@ class Simulation:
         *,
         swapped: Collection[Event] = (),
         inverted: Collection[Event] = (),
+        observer: Callable[[Look], None] | None = None,
     ) -> None:
         self._model = model
         self._profile = profile
         self._method = method
         self._swapped = frozenset(swapped)
         self._inverted = frozenset(inverted)
+        self._observer = observer
+        self._watched: dict[Head, Tensor] = {}
+        self._reference_queries: dict[Head, Tensor] = {}
+        self._with_distributions = False
 
     def variant(
         self, *, swapped: Collection[Event] = (), inverted: Collection[Event] = ()
@@ -268,19 +307,30 @@ class Simulation:
         """Greedy generation of exactly ``num_tokens`` tokens, end-of-text ignored."""
         return self._run(prompt, num_tokens, None)
 
-    def follow(self, prompt: Prefill, tokens: Sequence[int]) -> Trace:
+    def follow(
+        self, prompt: Prefill, tokens: Sequence[int], *, with_distributions: bool = False
+    ) -> Trace:
         """Greedy choices when the context is forced to be ``tokens``.
 
         If every choice equals the forced token, ``generate`` would have made the same tokens.
         """
-        return self._run(prompt, len(tokens), list(tokens))
+        return self._run(prompt, len(tokens), list(tokens), with_distributions)
 
     @torch.inference_mode()
-    def _run(self, prompt: Prefill, num_tokens: int, forced: list[int] | None) -> Trace:
+    def _run(
+        self,
+        prompt: Prefill,
+        num_tokens: int,
+        forced: list[int] | None,
+        with_distributions: bool = False,
+    ) -> Trace:
         num_prompt, interval = prompt.num_prompt, self._method.drift_interval
-        trace = Trace(num_prompt, head_budgets(self._profile, self._method, num_prompt))
+        head_dim = prompt.state.layer(0).keys.shape[-1]
+        trace = Trace(num_prompt, head_budgets(self._profile, self._method, num_prompt, head_dim))
         state = prompt.state.copy(num_prompt + num_tokens)
+        self._with_distributions = with_distributions
         self._choose(trace, prompt.logits, forced)
+        self._watched.clear()
         references = self._select(trace, state)
         recent: dict[Head, list[Tensor]] = {head: [] for head in references}
         landing: dict[int, list[tuple[int, int, Tensor]]] = {}
@@ -305,8 +355,7 @@ class Simulation:
                 self._keep(trace, state, step, layer, head, scores)
         return trace
 
-    @staticmethod
-    def _choose(trace: Trace, logits: Tensor, forced: list[int] | None) -> None:
+    def _choose(self, trace: Trace, logits: Tensor, forced: list[int] | None) -> None:
         for row in logits:
             best = row.topk(2)
             token = int(best.indices[0])
@@ -314,6 +363,8 @@ class Simulation:
             trace.deficits.append((best.values[0] - row[wanted]).item())
             trace.gaps.append((best.values[0] - best.values[1]).item())
             trace.logprobs.append((row[wanted] - row.logsumexp(0)).item())
+            if self._with_distributions:
+                trace.distributions.append(row.log_softmax(0))
             trace.tokens.append(token)
 
     def _select(self, trace: Trace, state: _Attention) -> dict[Head, Tensor]:
@@ -321,32 +372,59 @@ class Simulation:
         references: dict[Head, Tensor] = {}
         if trace.budget.keeps_all:
             return references
-        for layer, head in self._profile.heads(PIVOT):
-            order = best_first(self._scores(state, layer, head, -1, trace.num_prompt))
-            references[layer, head] = order[: max(1, trace.budget.base)]
+        num, window = trace.num_prompt, min(self._method.window, trace.num_prompt)
+        if self._method.is_retrieving:
+            for layer, head in self._profile.heads(PIVOT):
+                keys = state.layer(layer).keys[head, :num]
+                if self._method.has_budgeted_pivots:
+                    keys = quantise(keys, self._method.watched_bits)
+                self._watched[layer, head] = keys
+                queries = self._queries(state, layer)[head, -1]
+                self._reference_queries[layer, head] = queries
+                scores = pooled_scores(queries, keys, state.scale)
+                references[layer, head] = best_first(scores)[: max(1, trace.budget.base)]
         for layer, head in trace.budget.tokens:
-            scores = self._scores(state, layer, head, -1, trace.num_prompt)
+            keys = state.layer(layer).keys[head, :num]
+            queries = self._queries(state, layer)[head]
+            if self._method.window == 1:
+                scores = pooled_scores(queries[-1], keys, state.scale)
+            else:
+                scores = window_scores(queries[-window:], keys, state.scale)
             self._keep(trace, state, 0, layer, head, scores)
         return references
 
-    def _scores(self, state: _Attention, layer: int, head: int, row: int, num: int) -> Tensor:
+    @staticmethod
+    def _queries(state: _Attention, layer: int) -> Tensor:
         queries = state.queries[layer]
         assert queries is not None
-        return pooled_scores(queries[head, row], state.layer(layer).keys[head, :num], state.scale)
+        return queries
 
     def _keep(
         self, trace: Trace, state: _Attention, step: int, layer: int, head: int, scores: Tensor
     ) -> None:
         """Let a head see its best positions by ``scores`` and no other prompt position."""
         budget = trace.budget.tokens[layer, head]
-        order = best_first(scores)
-        chosen = order[:budget].clone()
-        if (step, layer, head) in self._swapped:
-            chosen[-1] = order[budget]
+        scores = protect(scores, self._method.window)
+        is_swapped = (step, layer, head) in self._swapped
         is_visible = state.layer(layer).is_visible[head]
+        order = best_first(scores)
+        # Of a refreshed head the pivot's best, then what it held; each by the pivot's scores.
+        num_best = math.ceil(self._method.refresh_share * budget) if step else budget
+        margin = boundary_margin(scores, order, num_best)
+        rest = order[num_best:][is_visible[order[num_best:]]]
+        if step and num_best + len(rest) > budget > num_best:
+            margin_of_rest = boundary_margin(scores, rest, budget - num_best)
+            if margin_of_rest < margin:
+                margin, is_swapped_there = margin_of_rest, is_swapped
+                is_swapped = False
+                if is_swapped_there:
+                    rest = _with_swap(rest, budget - num_best)
+        if is_swapped and num_best < trace.num_prompt:
+            order = _with_swap(order, num_best)
+            rest = order[num_best:][is_visible[order[num_best:]]]
+        chosen = torch.cat([order[:num_best], rest])[:budget] if step else order[:budget]
         is_visible[: trace.num_prompt] = False
         is_visible[chosen] = True
-        margin = boundary_margin(scores, order, budget)
         trace.selections.append(Selection(step, layer, head, chosen.sort().values, margin))
 
     def _check_drift(
@@ -361,17 +439,20 @@ class Simulation:
         refreshed: list[tuple[int, int, Tensor]] = []
         threshold = self._method.drift_threshold
         for (layer, head), reference in references.items():
-            keys = state.layer(layer).keys[head, : trace.num_prompt]
+            keys = self._watched[layer, head]
             scores = pooled_scores(torch.stack(recent[layer, head]), keys, state.scale)  # [S, N]
             orders = best_first(scores)[:, : len(reference)]
             overlaps = tuple(overlap(reference, order) for order in orders)
             middle = median(list(overlaps))
             has_drifted = (middle < threshold) != ((step, layer, head) in self._inverted)
+            self._observe(trace, state, step, (layer, head), recent, len(reference), has_drifted)
             if has_drifted:
                 references[layer, head] = orders[-1]
-                if self._method.is_retrieving:
-                    satellites = self._profile.satellites_of.get((layer, head), ())
-                    refreshed += [(layer, satellite, scores[-1]) for satellite in satellites]
+                self._reference_queries[layer, head] = recent[layer, head][-1]
+                followers = self._profile.satellites_of.get((layer, head), ())
+                if self._method.has_budgeted_pivots:
+                    followers = (head, *followers)
+                refreshed += [(layer, follower, scores[-1]) for follower in followers]
             trace.checks.append(
                 DriftCheck(
                     step,
@@ -384,3 +465,30 @@ class Simulation:
                 )
             )
         return refreshed
+
+    def _observe(
+        self,
+        trace: Trace,
+        state: _Attention,
+        step: int,
+        pivot: Head,
+        recent: dict[Head, list[Tensor]],
+        size: int,
+        has_drifted: bool,
+    ) -> None:
+        if self._observer is None:
+            return
+        layer, head = pivot
+        self._observer(
+            Look(
+                step,
+                layer,
+                head,
+                state.layer(layer).keys[head, : trace.num_prompt],
+                state.scale,
+                self._reference_queries[pivot],
+                torch.stack(recent[pivot]),
+                size,
+                has_drifted,
+            )
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ANCHOR, VOLATILE, PIVOT, SATELLITE = 1, 2, 3, 4
 POOL_KERNEL = 5
+NUM_SINKS = 4
+INT4_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ class Profile:
             if role in wanted
         ]
 
-    @property
-    def floor(self) -> float:
-        """Share of heads that keep everything whatever the ratio."""
-        return len(self.heads(PIVOT, VOLATILE)) / (self.num_layers * self.num_heads)
+    @classmethod
+    def uniform(cls, num_layers: int, num_heads: int) -> Profile:
+        """All heads alike and nobody watching: with a window this is SnapKV."""
+        roles = [[ANCHOR] * num_heads for _ in range(num_layers)]
+        return cls(roles, [[1.0] * num_heads for _ in range(num_layers)], {})
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -74,10 +77,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Method:
-    """The settings of a server that change what is computed."""
+    """The settings of a server that change what is computed; as they are, the default preset."""
 
     ratio: float
-    """Resident share r of the prompt's KV, in (0, 1]."""
+    """Resident share r of the prompt's KV bytes, in (0, 1]."""
     drift_threshold: float = 0.5
     """A pivot drifts when the median overlap of its last queries is below this."""
     drift_interval: int = 5
@@ -85,10 +88,48 @@ class Method:
     min_tokens: int = 1024
     """Prompts shorter than this keep everything."""
     is_retrieving: bool = True
-    """False: drift is seen but satellites keep their positions (retrieval off)."""
+    """False: nobody watches and heads keep their positions (retrieval off)."""
     landing_steps: int = 0
     """Steps that fetched rows are late; a refresh after step t counts from step t + 1 + this on.
     Less than ``drift_interval``."""
+    has_budgeted_pivots: bool = True
+    """Pivots keep a budget of rows and all keys, which they watch with; False: all rows."""
+    watched_bits: int = 8
+    """Bits of an element of a budgeted pivot's watched keys: 8, 4, or those of the KV dtype."""
+    priced_bits: int = 0
+    """Bits that an element of a watched key is charged for, if not those it has; for studies."""
+    window: int = 32
+    """Prompt tokens whose mean attention selects; they and the sinks stay. 1: the last token's
+    query, maximum over the group, nothing stays."""
+    refresh_share: float = 0.25
+    """Share of a refreshed head's budget that the pivot's best positions must have; of what it held
+    the worst by the pivot's scores go. 1: the pivot's best take it all."""
+    is_filling: bool = True
+    """What a head clamped at the prompt length leaves of its budget goes to the others."""
+    item_bits: int = 32
+    """Bits of an element of the KV dtype; decides what share of a row a watched key is."""
+
+    @classmethod
+    def paper(cls, ratio: float, **changes: Any) -> Method:
+        """The method of arXiv 2601.13684."""
+        settings = {
+            "has_budgeted_pivots": False,
+            "window": 1,
+            "refresh_share": 1.0,
+            "min_tokens": 1,
+            "is_filling": False,
+            **changes,
+        }
+        return cls(ratio, **settings)
+
+    def watched_share(self, head_dim: int) -> float:
+        """Bytes of a watched key over those of a row's K and V; 0 where nothing is watched."""
+        if not (self.has_budgeted_pivots and (self.is_retrieving or self.priced_bits)):
+            return 0.0
+        if self.ratio >= 1 and self.is_filling:
+            return 0.0
+        bits = self.priced_bits or self.watched_bits
+        return watched_key_bits(bits, head_dim) / (2 * head_dim * self.item_bits)
 
 
 @dataclass(frozen=True)
@@ -103,28 +144,62 @@ class Budget:
     """Nothing is dropped: no selection, no drift checks."""
 
 
-def head_budgets(profile: Profile, method: Method, num_prompt: int) -> Budget:
+def held_heads(profile: Profile, method: Method, head_dim: int) -> float:
+    """Rows that each prompt token costs whatever the budgets are."""
+    volatile, pivots = len(profile.heads(VOLATILE)), len(profile.heads(PIVOT))
+    share = method.watched_share(head_dim) if method.has_budgeted_pivots else 1.0
+    return volatile + share * pivots
+
+
+def head_budgets(profile: Profile, method: Method, num_prompt: int, head_dim: int) -> Budget:
     """Budget of every compressed head for a prompt of ``num_prompt`` tokens.
 
     Raises:
         ValueError: the ratio is at or under the profile's floor.
     """
     total = profile.num_layers * profile.num_heads
-    whole = len(profile.heads(PIVOT, VOLATILE))
-    room = method.ratio * total - whole
+    held = held_heads(profile, method, head_dim)
+    room = method.ratio * total - held
     if room <= 0:
-        raise ValueError(f"ratio {method.ratio} is not above the floor {profile.floor:.4f}")
-    compressed = profile.heads(ANCHOR, SATELLITE)
-    base = math.floor(room * num_prompt / (total - whole) + 1e-9)
-    if num_prompt < method.min_tokens or base >= num_prompt:
+        raise ValueError(f"ratio {method.ratio} is not above the floor {held / total:.4f}")
+    budgeted = (ANCHOR, SATELLITE, PIVOT) if method.has_budgeted_pivots else (ANCHOR, SATELLITE)
+    compressed = profile.heads(*budgeted)
+    base = math.floor(room * num_prompt / len(compressed) + 1e-9)
+    is_whole = method.is_filling and base >= num_prompt
+    if num_prompt < method.min_tokens or base < 1 or is_whole:
         return Budget(num_prompt, dict.fromkeys(compressed, num_prompt), keeps_all=True)
-    weights = [profile.allocation[layer][head] for layer, head in compressed]
-    level = _water_level(weights, num_prompt, base * len(compressed))
+    base = min(base, num_prompt)
+    weights = [
+        1.0 if profile.roles[layer][head] == PIVOT else profile.allocation[layer][head]
+        for layer, head in compressed
+    ]
+    level: float = base
+    if method.is_filling:
+        level = _water_level(weights, num_prompt, base * len(compressed))
     tokens = {
         head: math.floor(min(num_prompt, level * weight) + 1e-9)
         for head, weight in zip(compressed, weights, strict=True)
     }
     return Budget(base, tokens, keeps_all=all(t == num_prompt for t in tokens.values()))
+
+
+def watched_key_bits(bits: int, head_dim: int) -> int:
+    """Bits of one watched key with its scales (16 bits each): one for 8 bits, for 4 bits one for
+    every 32 elements, none for wider elements."""
+    num_scales = {8: 1, 4: head_dim // INT4_GROUP}.get(bits, 0)
+    return head_dim * bits + 16 * num_scales
+
+
+def quantise(keys: Tensor, bits: int) -> Tensor:
+    """What keys are worth after a way through ``bits`` bits, fp32 [N, D]."""
+    if bits not in (8, 4):
+        return keys
+    N, D = keys.shape
+    groups = keys.reshape(N, -1, D if bits == 8 else INT4_GROUP)
+    largest = 2 ** (bits - 1) - 1
+    step = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
+    whole = torch.round(groups / step).clamp(-largest, largest).nan_to_num()
+    return (whole * step).reshape(N, D)
 
 
 def _water_level(weights: list[float], cap: int, target: int) -> float:
@@ -156,6 +231,39 @@ def pooled_scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
         flat, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2, count_include_pad=True
     )
     return pooled.reshape(probabilities.shape).amax(dim=-2)
+
+
+def window_scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Score of every prompt position by the mean attention of the prompt's last W tokens.
+
+    Args:
+        queries: Query vectors of the head's group, fp32 [W, G, D].
+        keys: The prompt's keys, fp32 [N, D].
+        scale: Factor on the dot products.
+
+    Returns:
+        Mean over W and G of the causal attention, averaged over windows of 5 positions, fp32 [N].
+    """
+    W, N = queries.shape[0], keys.shape[0]
+    attention = torch.zeros(N)
+    for w in range(W):
+        seen = N - W + w + 1
+        attention[:seen] += torch.softmax(queries[w] @ keys[:seen].T * scale, dim=-1).mean(0)
+    padded = F.pad(attention / W, (POOL_KERNEL // 2, POOL_KERNEL // 2))
+    return padded.unfold(0, POOL_KERNEL, 1).mean(-1)
+
+
+def protect(scores: Tensor, window: int) -> Tensor:
+    """Scores with the window and the sinks above all else: sinks first, then newest first."""
+    if window == 1:
+        return scores
+    scores = scores.clone()
+    N = scores.shape[-1]
+    for position in range(max(0, N - window), N):
+        scores[position] = 2 + (position + 1) / N
+    for position in range(min(NUM_SINKS, N)):
+        scores[position] = 8 - position
+    return scores
 
 
 def best_first(scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define HK_ABI_VERSION 3
+#define HK_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define HK_EXPORT extern "C" __declspec(dllexport)
@@ -15,7 +15,8 @@
 #define HK_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum HkDtype { HK_F32 = 0, HK_BF16 = 1, HK_F16 = 2 };
+// The last two are keys only: small integers with a bf16 scale for each group of elements.
+enum HkDtype { HK_F32 = 0, HK_BF16 = 1, HK_F16 = 2, HK_I8 = 3, HK_I4 = 4 };
 
 // What does not change from step to step: one for each layer of the model.
 struct HkLayer {
@@ -71,11 +72,16 @@ struct HkScore {
   int32_t group_size;
   int32_t num_threads;
   float scale;
+  int32_t key_dtype;   // dtype, HK_I8 or HK_I4
+  int32_t num_groups;  // scales of a key; 0 without
   int64_t num_items;
   const void* queries;  // [num_items, S, G, D], contiguous
-  const void* keys;
+  const void* keys;     // HK_I4: byte j of a row holds element j below and element j + D / 2 above
   int64_t plane_stride;
   int64_t slot_stride;
+  const void* scales;  // bf16 [num_planes, num_slots, num_groups]; null without
+  int64_t scales_plane_stride;
+  int64_t scales_slot_stride;
   const int32_t* planes;  // [num_items]; null: item i reads plane i
   const int32_t* slots;   // key row of each position; null: row = position
   int64_t slots_stride;

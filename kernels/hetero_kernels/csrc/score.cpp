@@ -62,34 +62,115 @@ Multiply pick_multiply(int count, std::index_sequence<I...>) {
   return table[count - 1];
 }
 
-// Raw scores [M, N] (rows `stride` apart) of one item.
+// ---- where keys come from ------------------------------------------------------------------
+//
+// A reader knows one plane. row(slot) is cheap; load(row, d) gives kLanes elements from d on, fp32.
+
 template <class E>
+class DenseKeys {
+ public:
+  typedef const typename E::type* Row;
+  DenseKeys(const HkScore& args, int64_t plane)
+      : keys_(static_cast<Row>(args.keys) + plane * args.plane_stride),
+        stride_(args.slot_stride),
+        row_bytes_(args.head_dim * sizeof(typename E::type)) {}
+  HK_INLINE Row row(int64_t slot) const { return keys_ + slot * stride_; }
+  HK_INLINE vf load(Row row, int d) const { return E::load(row + d); }
+  HK_INLINE void prefetch(int64_t slot) const {
+    const char* p = reinterpret_cast<const char*>(row(slot));
+    for (int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(p + b, 0, 3);
+  }
+  int64_t row_bytes() const { return row_bytes_; }
+
+ private:
+  Row keys_;
+  int64_t stride_;
+  int64_t row_bytes_;
+};
+
+HK_INLINE float bf16_to_float(uint16_t h) {
+  const uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// BITS 8: element d is byte d. BITS 4: byte j holds element j (plus 8) in its lower half and element
+// j + D / 2 (plus 8) in its upper one, so a vector never mixes the halves.
+template <int BITS>
+class QuantizedKeys {
+ public:
+  struct Row {
+    const uint8_t* data;
+    const uint16_t* scales;
+  };
+  QuantizedKeys(const HkScore& args, int64_t plane)
+      : data_(static_cast<const uint8_t*>(args.keys) + plane * args.plane_stride),
+        scales_(static_cast<const uint16_t*>(args.scales) + plane * args.scales_plane_stride),
+        stride_(args.slot_stride),
+        scales_stride_(args.scales_slot_stride),
+        half_(args.head_dim / 2),
+        group_(args.head_dim / args.num_groups),
+        row_bytes_(args.head_dim * BITS / 8) {}
+  HK_INLINE Row row(int64_t slot) const {
+    return {data_ + slot * stride_, scales_ + slot * scales_stride_};
+  }
+  HK_INLINE vf load(Row row, int d) const {
+    const float scale = bf16_to_float(row.scales[d / group_]);
+    if constexpr (BITS == 8) {
+      typedef int8_t vb __attribute__((vector_size(HK_LANES)));
+      vb b;
+      memcpy(&b, row.data + d, sizeof b);
+      return __builtin_convertvector(b, vf) * scale;
+    } else {
+      typedef uint8_t vb __attribute__((vector_size(HK_LANES)));
+      vb b;
+      memcpy(&b, row.data + (d < half_ ? d : d - half_), sizeof b);
+      const vi wide = __builtin_convertvector(b, vi);
+      const vi value = (d < half_ ? wide & 15 : wide >> 4) - 8;
+      return __builtin_convertvector(value, vf) * scale;
+    }
+  }
+  HK_INLINE void prefetch(int64_t slot) const {
+    const Row r = row(slot);
+    for (int64_t b = 0; b < row_bytes_; b += 64) __builtin_prefetch(r.data + b, 0, 3);
+    __builtin_prefetch(r.scales, 0, 3);
+  }
+  int64_t row_bytes() const { return row_bytes_; }
+
+ private:
+  const uint8_t* data_;
+  const uint16_t* scales_;
+  int64_t stride_;
+  int64_t scales_stride_;
+  int half_;
+  int group_;
+  int64_t row_bytes_;
+};
+
+// Raw scores [M, N] (rows `stride` apart) of one item.
+template <class Keys>
 void raw_scores(const HkScore& args, int64_t item, int64_t N, const float* query, float* tile_keys,
                 float* out, int64_t stride) {
   const int D = args.head_dim;
   const int M = args.num_queries * args.group_size;
-  const auto* keys = static_cast<const typename E::type*>(args.keys) +
-                     (args.planes != nullptr ? args.planes[item] : item) * args.plane_stride;
+  const Keys keys(args, args.planes != nullptr ? args.planes[item] : item);
   const int32_t* slots = args.slots;
   if (slots != nullptr && args.rows != nullptr) slots += args.rows[item] * args.slots_stride;
-  const int64_t row_bytes = D * sizeof(typename E::type);
-  const int64_t ahead = std::max<int64_t>(kLanes, 8192 / row_bytes);
+  const int64_t ahead = std::max<int64_t>(kLanes, 8192 / keys.row_bytes());
   for (int64_t begin = 0; begin < N; begin += kTile) {
     for (int part = 0; part < kTile / kLanes; ++part) {
-      const typename E::type* rows[kLanes];
+      typename Keys::Row rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         // Past the end the last row stands in; its scores fall into the padding or are overwritten.
         const int64_t position = std::min<int64_t>(begin + part * kLanes + i, N - 1);
-        rows[i] = keys + (slots != nullptr ? slots[position] : position) * args.slot_stride;
+        rows[i] = keys.row(slots != nullptr ? slots[position] : position);
         const int64_t later = std::min(position + ahead, N - 1);
-        const auto* next = keys + (slots != nullptr ? slots[later] : later) * args.slot_stride;
-        for (int64_t b = 0; b < row_bytes; b += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(next) + b, 0, 3);
-        }
+        keys.prefetch(slots != nullptr ? slots[later] : later);
       }
       for (int d = 0; d < D; d += kLanes) {
         vf r[kLanes];
-        for (int i = 0; i < kLanes; ++i) r[i] = E::load(rows[i] + d);
+        for (int i = 0; i < kLanes; ++i) r[i] = keys.load(rows[i], d);
         transpose(r);
         float* to = tile_keys + (int64_t{part} * D + d) * kLanes;
         for (int i = 0; i < kLanes; ++i) store(to + i * kLanes, r[i]);
@@ -158,7 +239,7 @@ void pool_group(const float* rows, int64_t stride, const float* factors, int G, 
 
 thread_local Scratch t_score;
 
-template <class E>
+template <class E, class Keys>
 void score(const HkScore& args) {
   const int S = args.num_queries;
   const int G = args.group_size;
@@ -191,7 +272,7 @@ void score(const HkScore& args) {
 
       const auto* q = static_cast<const typename E::type*>(args.queries) + item * M * D;
       for (int i = 0; i < M * D; i += kLanes) store(query + i, E::load(q + i));
-      raw_scores<E>(args, item, N, query, tile_keys, raw + kPad, stride);
+      raw_scores<Keys>(args, item, N, query, tile_keys, raw + kPad, stride);
       for (int m = 0; m < M; ++m) {
         float* row = raw + m * stride;
         std::fill(row, row + kPad, 0.0f);
@@ -219,18 +300,29 @@ void score(const HkScore& args) {
   parallel(static_cast<int>(std::min<int64_t>(args.num_threads, args.num_items)), body);
 }
 
+template <class E>
+void score_keys(const HkScore& args) {
+  if (args.key_dtype == HK_I8) {
+    score<E, QuantizedKeys<8>>(args);
+  } else if (args.key_dtype == HK_I4) {
+    score<E, QuantizedKeys<4>>(args);
+  } else {
+    score<E, DenseKeys<E>>(args);
+  }
+}
+
 }  // namespace
 }  // namespace hk
 
 void hk_score(const HkScore* args) {
   switch (args->dtype) {
     case HK_F32:
-      hk::score<hk::F32>(*args);
+      hk::score_keys<hk::F32>(*args);
       break;
     case HK_BF16:
-      hk::score<hk::BF16>(*args);
+      hk::score_keys<hk::BF16>(*args);
       break;
     default:
-      hk::score<hk::F16>(*args);
+      hk::score_keys<hk::F16>(*args);
   }
 }

@@ -11,9 +11,11 @@ from hetero_kernels.checks import (
     check_dtype,
     check_float,
     check_head_dim,
+    check_same,
     check_shape,
 )
 from hetero_kernels.dispatch import resolve
+from hetero_kernels.keys import check_keys
 from hetero_kernels.score_positions.cpu import score_positions_native, score_positions_torch
 from hetero_kernels.score_positions.reference import score_positions_reference
 
@@ -21,12 +23,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hetero_kernels.dispatch import Impl
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
 
 __all__ = ["score_positions"]
 
 
 def score_positions(
-    q: Tensor, k: Tensor, scale: float, *, slots: Tensor | None = None, impl: Impl = "auto"
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    scale: float,
+    *,
+    planes: Tensor | None = None,
+    slots: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Pooled scores of one query group per head over that head's keys.
 
@@ -35,8 +44,10 @@ def score_positions(
 
     Args:
         q: Queries, fp32 / bf16 / fp16 [Hc, G, D].
-        k: Keys, like ``q``, [Hc, N, D] or, with ``slots``, [Hc, num_slots, D]; dense rows.
+        k: Keys, in the dtype of ``q`` or quantised, [num_planes, N, D] or, with ``slots``,
+            [num_planes, num_slots, D]; dense rows.
         scale: Factor on the products, 1 / sqrt(D).
+        planes: Plane of each head in ``k``, int32 [Hc]; ``None``: head h is plane h.
         slots: Slot of each position in ``k``, int32 [N]; ``None``: position p is slot p.
         impl: See ``hetero_kernels.dispatch``.
 
@@ -47,18 +58,24 @@ def score_positions(
         ValueError: A shape, dtype or stride is not as described.
     """
     check_float("q", q)
-    check_dtype("k", k, q.dtype)
     check_shape("q", q, (None, None, None))
-    check_shape("k", k, (q.shape[0], None, q.shape[2]))
     check_head_dim(q.shape[2])
-    check_dense_rows("k", k)
+    check_keys("k", k, q)
+    num_planes, num_slots = (k if isinstance(k, torch.Tensor) else k.data).shape[:2]
+    if planes is None:
+        check_same("k must have a plane for each head of q", num_planes, q.shape[0])
+    else:
+        check_dtype("planes", planes, torch.int32)
+        check_shape("planes", planes, (q.shape[0],))
+        check_dense_rows("planes", planes)
     if slots is not None:
         check_dtype("slots", slots, torch.int32)
         check_shape("slots", slots, (None,))
         check_dense_rows("slots", slots)
-    chosen = resolve(impl, q.device)
-    if chosen == "native":
-        return score_positions_native(q, k, scale, slots)
-    if chosen == "torch":
-        return score_positions_torch(q, k, scale, slots)
-    return score_positions_reference(q, k, scale, slots)
+    length = num_slots if slots is None else slots.shape[0]
+    run = {
+        "native": score_positions_native,
+        "torch": score_positions_torch,
+        "reference": score_positions_reference,
+    }[resolve(impl, q.device)]
+    return run(q, k, scale, planes, slots, length)

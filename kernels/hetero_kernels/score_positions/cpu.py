@@ -9,16 +9,25 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from hetero_kernels.dispatch import loaded
-from hetero_kernels.native import DTYPE_CODES, ScoreStruct, pointer
+from hetero_kernels.keys import read_keys
+from hetero_kernels.native import DTYPE_CODES, ScoreStruct, key_fields, pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
 
-def score_positions_native(q: Tensor, k: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+
+def score_positions_native(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    scale: float,
+    planes: Tensor | None,
+    slots: Tensor | None,
+    length: int,
+) -> Tensor:
     """Keys read once for the whole group; see ``score_positions_reference``."""
     num_heads, group_size, head_dim = q.shape
-    length = k.shape[1] if slots is None else slots.shape[0]
     out = torch.empty(num_heads, length, dtype=torch.float32)
     lengths = torch.full((num_heads,), length, dtype=torch.int32)
     q = q.contiguous()
@@ -31,9 +40,8 @@ def score_positions_native(q: Tensor, k: Tensor, scale: float, slots: Tensor | N
         scale=scale,
         num_items=num_heads,
         queries=pointer(q),
-        keys=pointer(k),
-        plane_stride=k.stride(0),
-        slot_stride=k.stride(1),
+        **key_fields(k),
+        planes=pointer(planes),
         slots=pointer(slots),
         prompt_lens=pointer(lengths),
         newest_scores=pointer(out),
@@ -59,9 +67,18 @@ def pooled_scores_torch(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     return avg_pool1d(probabilities, kernel_size=5, stride=1, padding=2).amax(dim=1)
 
 
-def score_positions_torch(q: Tensor, k: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+def score_positions_torch(
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    scale: float,
+    planes: Tensor | None,
+    slots: Tensor | None,
+    length: int,
+) -> Tensor:
     """Batched products; see ``score_positions_reference``."""
-    keys = k if slots is None else k[:, slots.long()]
-    if keys.shape[1] == 0 or q.shape[0] == 0:
-        return torch.zeros(q.shape[0], keys.shape[1], device=q.device)
+    if length == 0 or q.shape[0] == 0:
+        return torch.zeros(q.shape[0], length, device=q.device)
+    index = torch.arange(length, device=q.device) if slots is None else slots.long()
+    order = range(q.shape[0]) if planes is None else planes.tolist()
+    keys = torch.stack([read_keys(k, plane, index) for plane in order])
     return pooled_scores_torch(q, keys, scale)

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hetero_kernels.keys import read_keys
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
 
 POOL_WIDTH = 5
 
@@ -40,21 +44,29 @@ def pooled_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def score_positions_reference(
-    q: Tensor, k: Tensor, scale: float, slots: Tensor | None = None
+    q: Tensor,
+    k: Tensor | QuantizedKeys,
+    scale: float,
+    planes: Tensor | None,
+    slots: Tensor | None,
+    length: int,
 ) -> Tensor:
     """Pooled scores of each head's query group.
 
     Args:
         q: [Hc, G, D].
-        k: [Hc, num_slots, D].
+        k: [num_planes, num_slots, D]; quantised keys count as what they dequantise to.
         scale: Factor on the products.
+        planes: Plane of each head, int32 [Hc]; ``None``: head h is plane h.
         slots: Slot of each position, int32 [N]; ``None``: position p is slot p.
+        length: Positions, N.
 
     Returns:
         fp32 [Hc, N].
     """
-    index = torch.arange(k.shape[1]) if slots is None else slots.long()
-    out = torch.empty(q.shape[0], index.shape[0])
+    index = torch.arange(length) if slots is None else slots.long()
+    out = torch.empty(q.shape[0], length)
     for h in range(q.shape[0]):
-        out[h] = pooled_scores(q[h], k[h, index], scale)
+        plane = h if planes is None else int(planes[h])
+        out[h] = pooled_scores(q[h], read_keys(k, plane, index), scale)
     return out

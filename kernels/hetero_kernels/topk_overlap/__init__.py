@@ -14,6 +14,7 @@ from hetero_kernels.checks import (
     check_shape,
 )
 from hetero_kernels.dispatch import resolve
+from hetero_kernels.keys import check_keys
 from hetero_kernels.topk_overlap.cpu import topk_overlap_native, topk_overlap_torch
 from hetero_kernels.topk_overlap.reference import topk_overlap_reference
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hetero_kernels.dispatch import Impl
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
 
 __all__ = ["topk_overlap"]
 
@@ -28,7 +30,7 @@ __all__ = ["topk_overlap"]
 def topk_overlap(
     queries: Tensor,
     *,
-    k_resident: Tensor,
+    keys: Tensor | QuantizedKeys,
     planes: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
@@ -46,7 +48,8 @@ def topk_overlap(
 
     Args:
         queries: Oldest first, fp32 / bf16 / fp16 [Q, S, G, D].
-        k_resident: Keys by plane and token slot, like ``queries``, [num_planes, num_slots, D].
+        keys: Keys by plane and token slot, in the dtype of ``queries`` or quantised,
+            [num_planes, num_slots, D].
         planes: Plane of each item, int32 [Q].
         req_to_token: Token slot by request row and position, int32 [R, max_context].
         rows: Request row of each item, int64 [Q].
@@ -70,9 +73,7 @@ def topk_overlap(
     if num_queries == 0:
         raise ValueError("queries must hold at least one group an item, got 0")
     check_head_dim(head_dim)
-    check_dtype("k_resident", k_resident, queries.dtype)
-    check_shape("k_resident", k_resident, (None, None, head_dim))
-    check_dense_rows("k_resident", k_resident)
+    check_keys("keys", keys, queries)
     check_dtype("rows", rows, torch.int64)
     check_dtype("req_to_token", req_to_token, torch.int32)
     check_shape("req_to_token", req_to_token, (None, None))
@@ -101,6 +102,4 @@ def topk_overlap(
         "torch": topk_overlap_torch,
         "reference": topk_overlap_reference,
     }[resolve(impl, queries.device)]
-    return run(
-        queries, k_resident, planes, req_to_token, rows, prompt_lens, top_k, reference, scale
-    )
+    return run(queries, keys, planes, req_to_token, rows, prompt_lens, top_k, reference, scale)

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels.dispatch import loaded
-from hetero_kernels.native import DTYPE_CODES, ScoreStruct, pointer
+from hetero_kernels.keys import read_keys
+from hetero_kernels.native import DTYPE_CODES, ScoreStruct, key_fields, pointer
 from hetero_kernels.score_positions.cpu import pooled_scores_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
+
 
 def topk_overlap_native(
     queries: Tensor,
-    k_resident: Tensor,
+    keys: Tensor | QuantizedKeys,
     planes: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
@@ -41,9 +44,7 @@ def topk_overlap_native(
         scale=scale,
         num_items=num_items,
         queries=pointer(queries),
-        keys=pointer(k_resident),
-        plane_stride=k_resident.stride(0),
-        slot_stride=k_resident.stride(1),
+        **key_fields(keys),
         planes=pointer(planes),
         slots=pointer(req_to_token),
         slots_stride=req_to_token.stride(0),
@@ -62,7 +63,7 @@ def topk_overlap_native(
 
 def topk_overlap_torch(
     queries: Tensor,
-    k_resident: Tensor,
+    keys: Tensor | QuantizedKeys,
     planes: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
@@ -82,8 +83,8 @@ def topk_overlap_torch(
         length, count = int(prompt_lens[i]), int(top_k[i])
         if length == 0:
             continue
-        keys = k_resident[int(planes[i]), req_to_token[int(rows[i]), :length].long()]
-        scores = pooled_scores_torch(queries[i], keys[None], scale)  # [S, N]
+        prompt = read_keys(keys, int(planes[i]), req_to_token[int(rows[i]), :length].long())
+        scores = pooled_scores_torch(queries[i], prompt[None], scale)  # [S, N]
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
         members = (reference[i][:, None] >> shifts & 1).view(-1)
         overlap[i] = members[best].sum(dim=1) / max(1, count)

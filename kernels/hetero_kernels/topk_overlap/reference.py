@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hetero_kernels.keys import read_keys
 from hetero_kernels.score_positions.reference import pooled_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hetero_kernels.quantize_keys.format import QuantizedKeys
+
 
 def topk_overlap_reference(
     queries: Tensor,
-    k_resident: Tensor,
+    keys: Tensor | QuantizedKeys,
     planes: Tensor,
     req_to_token: Tensor,
     rows: Tensor,
@@ -35,10 +38,10 @@ def topk_overlap_reference(
     for i in range(num_items):
         length, count = int(prompt_lens[i]), int(top_k[i])
         slots = req_to_token[int(rows[i]), :length].long()
-        keys = k_resident[int(planes[i]), slots]
+        prompt = read_keys(keys, int(planes[i]), slots)
         words = reference[i].tolist()
         for s in range(num_queries):
-            scores = pooled_scores(queries[i, s], keys, scale)
+            scores = pooled_scores(queries[i, s], prompt, scale)
             best = torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
             common = sum((words[p // 32] >> (p % 32)) & 1 for p in best)
             overlap[i, s] = common / count if count else 0.0

@@ -16,44 +16,34 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hetero_sglang.cache.blocks import BlockPool
 from hetero_sglang.cache.host_store import HostStore
-from hetero_sglang.cache.sizing import SizingRule
 from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.cache.watch import WatchPool, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
-from hetero_sglang.policy.roles import LayerHeads, RoleTables
+from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.profile import HeadProfile, HeadRole, ModelShape, Thresholds
 from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
 from memd.protocol import KVLayout
 from memd.testing import FakeMemd
 
-GROUP, DIM, CONTEXT, ROWS, TOKENS = 2, 16, 96, 5, 256
+GROUP, DIM, CONTEXT, ROWS, TOKENS = 2, 32, 96, 5, 256
 SCALE = DIM**-0.5
-HEADS = 3  # of each layer: compressed, resident pivot, compressed
+HEADS = 3  # of each layer: satellite, pivot, satellite
 RATIO = 0.7
-
-
-def tables() -> RoleTables:
-    layers = tuple(
-        LayerHeads(
-            resident=np.array([1]),
-            compressed=np.array([0, 2]),
-            pivots=np.array([1]),
-            first_plane=layer,
-            first_compressed=2 * layer,
-            first_pivot=layer,
-            head_map=np.array([~(2 * layer), layer, ~(2 * layer + 1)], dtype=np.int32),
-            pivot_map=np.array([-1, layer, -1], dtype=np.int32),
-        )
-        for layer in range(2)
-    )
-    return RoleTables(
-        layers=layers,
-        num_kv_heads=HEADS,
-        num_planes=2,
-        num_compressed=4,
-        num_pivots=2,
-        pivot_plane=np.array([0, 1], dtype=np.int32),
-        satellites=(np.array([0, 1]), np.array([2, 3])),
-        allocation=np.array([0.6, 1.4, 1.2, 0.8]),
-    )
+# What pivots keep, what they watch with, how many prompt tokens select.
+VARIANTS = [
+    ("all", "model", 1),
+    ("budget", "model", 1),
+    ("budget", "int8", 4),
+    ("budget", "int4", 4),
+]
+PROFILE = HeadProfile(
+    model=ModelShape(num_layers=2, num_q_heads=HEADS * GROUP, num_kv_heads=HEADS, head_dim=DIM),
+    roles=np.array([[HeadRole.SATELLITE, HeadRole.PIVOT, HeadRole.SATELLITE]] * 2),
+    allocation=np.array([[0.6, 0.0, 1.4], [1.2, 0.0, 0.8]]),
+    stability=np.full((2, HEADS), 0.5),
+    satellites_of={(0, 1): (0, 2), (1, 1): (0, 2)},
+    thresholds=Thresholds(stable=0.5, similarity=0.5),
+)
 
 
 class Request:
@@ -72,8 +62,13 @@ class Request:
 
 
 class Machine(RuleBasedStateMachine):
-    @initialize(retrieval=st.sampled_from(["async", "sync", "off"]), seed=st.integers(0, 99))
-    def start(self, retrieval: str, seed: int) -> None:
+    @initialize(
+        retrieval=st.sampled_from(["async", "sync", "off"]),
+        variant=st.sampled_from(VARIANTS),
+        seed=st.integers(0, 99),
+    )
+    def start(self, retrieval: str, variant: tuple[str, str, int], seed: int) -> None:
+        pivot_rows, watch_dtype, window = variant
         self.rng = torch.Generator().manual_seed(seed)
         # A threshold of 1 makes nearly every check drift.
         config = HeteroConfig(
@@ -85,21 +80,37 @@ class Machine(RuleBasedStateMachine):
             page_tokens=8,
             landing_rows=48,
             retrieval=retrieval,
+            pivot_rows=pivot_rows,
+            watch_dtype=watch_dtype,
+            window=window,
         )
-        self.tables = tables()
-        sizes = SizingRule(RATIO, 2, 4, 2 * DIM * 4, 4, CONTEXT).shape_for(TOKENS)
+        share = 0.0
+        if config.has_watch_pool:
+            share = watched_key_bytes(watch_dtype, DIM, 4) / (2 * DIM * 4)
+        self.tables = build_role_tables(PROFILE, pivot_rows=pivot_rows, watched_share=share)
+        num_heads = self.tables.num_compressed
+        self.watch = None
+        if config.has_watch_pool:
+            self.watch = WatchPool(
+                num_pivots=2,
+                num_slots=TOKENS + 1,
+                head_dim=DIM,
+                watch_dtype=watch_dtype,
+                dtype=torch.float32,
+                device="cpu",
+            )
         blocks = BlockPool(
-            num_blocks=4 * (CONTEXT // 4 + 1) * ROWS,
+            num_blocks=num_heads * (CONTEXT // 4 + 1) * ROWS,
             block_tokens=4,
             head_dim=DIM,
             num_rows=ROWS,
-            num_compressed=4,
+            num_compressed=num_heads,
             context_tokens=CONTEXT,
             dtype=torch.float32,
             device="cpu",
         )
         self.memd = FakeMemd.create(
-            KVLayout(num_heads=4, head_dim=DIM, dtype="float32", page_tokens=8),
+            KVLayout(num_heads=num_heads, head_dim=DIM, dtype="float32", page_tokens=8),
             num_pages=40,
             landing_rows=48,
         )
@@ -109,22 +120,23 @@ class Machine(RuleBasedStateMachine):
             else HostStore(
                 self.memd,
                 num_slots=TOKENS + 1,
-                num_heads=4,
+                num_heads=num_heads,
                 head_dim=DIM,
                 page_tokens=8,
                 dtype=torch.float32,
             )
         )
         self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
-        resident = torch.full((2, sizes.num_slots, DIM), float("nan"))
+        resident = torch.full((self.tables.num_planes, TOKENS + 1, DIM), float("nan"))
         self.runtime = HeteroRuntime(
             tables=self.tables,
             config=config,
             k_resident=resident,
             v_resident=resident.clone(),
             blocks=blocks,
-            staging=StagingPool(4, 3 * CONTEXT, DIM, torch.float32, "cpu"),
+            staging=StagingPool(num_heads, 3 * CONTEXT, DIM, torch.float32, "cpu"),
             store=self.store,
+            watch=self.watch,
             req_to_token=self.req_to_token,
             group_size=GROUP,
         )
@@ -216,7 +228,7 @@ class Machine(RuleBasedStateMachine):
                     request.row, head, np.arange(int(blocks.kept_lens[request.row, head]))
                 )
             ]
-            for head in range(4)
+            for head in range(self.tables.num_compressed)
         ]
 
     def compare(
@@ -228,11 +240,11 @@ class Machine(RuleBasedStateMachine):
         seq_len: int,
         kept: list[np.ndarray] | None,
     ) -> None:
-        for head in range(HEADS):
+        for head, place in enumerate(self.tables.layers[layer].head_map.tolist()):
             visible = torch.ones(seq_len, dtype=torch.bool)
-            if kept is not None and head != 1:
+            if kept is not None and place < 0:
                 visible[: request.prompt_len] = False
-                visible[kept[2 * layer + (head // 2)].astype(np.int64)] = True
+                visible[kept[~place].astype(np.int64)] = True
             k, v = request.k[layer][head, :seq_len], request.v[layer][head, :seq_len]
             queries = q[head * GROUP : (head + 1) * GROUP]
             scores = (queries @ k.T * SCALE).masked_fill(~visible, float("-inf"))
@@ -269,6 +281,28 @@ class Machine(RuleBasedStateMachine):
     def kill_memd(self, really: int) -> None:
         if really == 0:
             self.memd.kill()
+
+    @invariant()
+    def watched_keys_are_the_prompts(self) -> None:
+        if self.watch is None:
+            return
+        bound = {"model": 0.0, "int8": 0.51 / 127, "int4": 0.51 / 7}
+        for request in self.live.values():
+            ids = torch.tensor(request.ids[: min(request.done, request.prompt_len)])
+            for layer in range(2):
+                exact = request.k[layer][1, : len(ids)]
+                keys = self.watch.keys
+                held = (
+                    keys[layer, ids]
+                    if isinstance(keys, torch.Tensor)
+                    else keys.dequantize(layer, ids)
+                )
+                largest = exact.abs().amax(-1, keepdim=True)
+                error = bound[self.runtime.config.watch_dtype] * largest + exact.abs() / 256
+                if self.runtime.config.watch_dtype == "model":
+                    assert torch.equal(held, exact)
+                else:
+                    assert torch.all((held - exact).abs() <= error)
 
     @invariant()
     def pools_agree(self) -> None:

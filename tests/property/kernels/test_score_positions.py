@@ -98,7 +98,7 @@ def test_extreme_queries_give_finite_scores(name):
 
 
 def test_keys_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="k must have shape"):
+    with pytest.raises(ValueError, match="k must have a plane for each head of q, got 3, 2"):
         score_positions(torch.zeros(2, 3, 16), torch.zeros(3, 5, 16), 1.0)
     with pytest.raises(ValueError, match="multiple of 16"):
         score_positions(torch.zeros(2, 3, 20), torch.zeros(2, 5, 20), 1.0)

@@ -35,7 +35,7 @@ def make(
     reference = torch.randint(-(2**31), 2**31, (num_items, num_words), generator=generator)
     return {
         "queries": (normal(num_items, num_queries, group_size, head_dim) * 2).to(dtype),
-        "k_resident": pool.to(dtype),
+        "keys": pool.to(dtype),
         "planes": torch.randint(
             0, num_planes, (num_items,), dtype=torch.int32, generator=generator
         ),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetero_sglang.policy.drift import drift_verdict, is_check_due
-from hetero_sglang.policy.plan import plan_delta
+from hetero_sglang.policy.plan import plan_delta, refresh_target
 
 
 @st.composite
@@ -50,6 +50,28 @@ def test_a_cut_plan_takes_the_best_first_and_ends_at_the_target(
         fetched += plan.positions.tolist()
     assert fetched == missing
     assert set(kept) == set(target)
+
+
+@given(exchanges(), st.floats(0.0, 1.0), st.integers(0, 99))
+def test_a_refresh_brings_the_best_and_drops_the_worst_of_what_was_held(
+    case: tuple[np.ndarray, np.ndarray, int], share: float, seed: int
+) -> None:
+    _, held, num_tokens = case
+    # Few different values, so that there are ties.
+    scores = np.random.default_rng(seed).integers(0, 9, num_tokens).astype(np.float32)
+    ranking = sorted(range(num_tokens), key=lambda p: (-scores[p], p))
+    best = np.array(ranking[: int(share * len(held))], dtype=int)
+    target = refresh_target(best, held, scores)
+    assert len(set(target.tolist())) == len(target) == len(held)
+    assert target[: len(best)].tolist() == best.tolist()
+    rest = target[len(best) :].tolist()
+    assert rest == [p for p in ranking if p in set(held) - set(best)][: len(rest)]
+
+
+def test_a_refresh_of_the_whole_budget_is_the_pivots_best() -> None:
+    best = np.array([7, 3, 5])
+    scores = np.zeros(9, dtype=np.float32)
+    assert refresh_target(best, np.array([0, 1, 2]), scores).tolist() == [7, 3, 5]
 
 
 def test_drift_is_the_median_below_the_threshold() -> None:

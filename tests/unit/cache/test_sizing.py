@@ -44,6 +44,19 @@ def test_ratio_one_has_a_block_row_for_every_compressed_row() -> None:
     assert rule.block_rows_per_token == 58
 
 
+def test_watched_keys_are_paid_for_out_of_the_same_ratio() -> None:
+    # SmolLM2 with budgeted pivots: 2 volatile heads, 30 pivots whose int8 keys are 66 bytes.
+    rule = SizingRule(0.3, 2, 88, 512, 32, 8192, watched_bytes=30 * 66)
+    kept = rule.block_rows_per_token - 88 * GENERATED_SHARE
+    assert 2 * 512 + 30 * 66 + kept * 512 == pytest.approx(0.3 * 90 * 512)
+    assert rule.bytes_per_token == pytest.approx((27 + 88 * GENERATED_SHARE) * 512, abs=2)
+    shape = rule.shape_for(200_000)
+    assert shape.watch_bytes == 200_001 * 30 * 66
+    assert shape.total_bytes == pytest.approx(
+        200_000 * rule.bytes_per_token + rule.fixed_bytes(), rel=1e-3
+    )
+
+
 def test_no_room_is_refused_with_the_flags_that_help() -> None:
     with pytest.raises(ConfigError, match=r"--mem-fraction-static or --max-total-tokens"):
         RULE.shape_for(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,9 @@ def test_every_flag_reaches_its_field() -> None:
         "--kv-policy heterocache --kv-policy-profile p.json --kv-policy-ratio 0.7 "
         "--kv-policy-drift-threshold 0.4 --kv-policy-drift-interval 3 "
         "--kv-policy-memd ipc:///run/memd.sock --kv-policy-memd-bytes 2GiB "
-        "--kv-policy-min-tokens 99 --kv-policy-retrieval sync"
+        "--kv-policy-min-tokens 99 --kv-policy-retrieval sync --kv-policy-preset paper "
+        "--kv-policy-pivot-rows budget --kv-policy-watch-dtype int4 --kv-policy-window 16 "
+        "--kv-policy-refresh-share 0.75"
     )
     assert arguments.config_from_namespace(parse(*words.split())) == HeteroConfig(
         profile="p.json",
@@ -39,6 +42,34 @@ def test_every_flag_reaches_its_field() -> None:
         memd_bytes=2 * 2**30,
         min_tokens=99,
         retrieval="sync",
+        preset="paper",
+        pivot_rows="budget",
+        watch_dtype="int4",
+        window=16,
+        refresh_share=0.75,
+        is_filling=False,
+    )
+
+
+def test_presets_are_resolved_and_single_flags_override_them() -> None:
+    def resolved(words: str) -> HeteroConfig | None:
+        return arguments.config_from_namespace(parse("--kv-policy", "heterocache", *words.split()))
+
+    assert resolved("") == HeteroConfig()
+    paper = HeteroConfig(
+        preset="paper",
+        pivot_rows="all",
+        watch_dtype="model",
+        window=1,
+        refresh_share=1.0,
+        min_tokens=1,
+        is_filling=False,
+    )
+    assert resolved("--kv-policy-preset paper") == paper
+    assert resolved("--kv-policy-preset paper --kv-policy-window 8") == replace(paper, window=8)
+    # Pivots that keep their rows watch with them, whatever the preset says of watched keys.
+    assert resolved("--kv-policy-pivot-rows all") == HeteroConfig(
+        pivot_rows="all", watch_dtype="model"
     )
 
 
@@ -56,6 +87,13 @@ def test_settings_survive_the_way_to_another_process() -> None:
         ("--kv-policy heterocache --kv-policy-drift-threshold 2", r"drift-threshold.*2\.0"),
         ("--kv-policy heterocache --kv-policy-drift-interval 0", r"drift-interval.*got 0"),
         ("--kv-policy heterocache --kv-policy-min-tokens 0", r"min-tokens.*got 0"),
+        ("--kv-policy heterocache --kv-policy-refresh-share 0", r"refresh-share.*got 0\.0"),
+        ("--kv-policy heterocache --kv-policy-window 0", r"--kv-policy-window.*256.*got 0"),
+        (
+            "--kv-policy heterocache --kv-policy-pivot-rows all --kv-policy-watch-dtype int8",
+            r"--kv-policy-watch-dtype must be model.*--kv-policy-pivot-rows all.*got 'int8'",
+        ),
+        ("--kv-policy-window 8", r"--kv-policy-window 8 has no effect without"),
         ("--kv-policy heterocache --kv-policy-memd tcp://h:1", r"--kv-policy-memd .*tcp://h:1"),
         ("--kv-policy heterocache --kv-policy-memd-bytes lots", r"memd-bytes 'lots'"),
     ],

@@ -1,0 +1,53 @@
+"""Keys in 8 or 4 bits, to be scored but not attended to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from hetero_kernels.checks import check_dtype, check_float, check_shape
+from hetero_kernels.quantize_keys.cpu import quantize_keys_torch
+from hetero_kernels.quantize_keys.format import QuantizedKeys, num_groups, quantized_key_bytes
+from hetero_kernels.quantize_keys.reference import quantize_keys_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["QuantizedKeys", "quantize_keys", "quantized_key_bytes"]
+
+
+def quantize_keys(
+    keys: Tensor,
+    out: QuantizedKeys,
+    planes: slice,
+    slots: Tensor,
+    *,
+    impl: Literal["auto", "torch", "reference"] = "auto",
+) -> None:
+    """Quantise keys into their slots.
+
+    Args:
+        keys: fp32 / bf16 / fp16 [num_heads, n, D].
+        out: Where to; only the named planes and slots change.
+        planes: Planes of the heads, as many as ``num_heads``.
+        slots: Slot of each key, int64 [n], unique.
+        impl: ``auto`` is ``torch``; ``reference`` is the definition, slow.
+
+    Raises:
+        ValueError: A shape or dtype is not as described.
+    """
+    check_float("keys", keys)
+    num_heads = len(range(*planes.indices(out.data.shape[0])))
+    check_dtype("slots", slots, torch.int64)
+    check_shape("keys", keys, (num_heads, slots.shape[0], out.head_dim))
+    num_groups(out.head_dim, out.bits)
+    if impl == "reference":
+        for index, plane in enumerate(range(*planes.indices(out.data.shape[0]))):
+            data, scales = quantize_keys_reference(keys[index], out.bits)
+            out.data[plane, slots] = data
+            out.scales[plane, slots] = scales
+        return
+    data, scales = quantize_keys_torch(keys, out.bits)
+    out.data[planes].index_copy_(1, slots, data)
+    out.scales[planes].index_copy_(1, slots, scales)

@@ -1,0 +1,43 @@
+"""How much the last tokens of a prompt attend to each of its positions, pooled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from hetero_kernels.checks import check_dtype, check_float, check_shape
+from hetero_kernels.window_scores.cpu import window_scores_torch
+from hetero_kernels.window_scores.reference import window_scores_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["window_scores"]
+
+
+def window_scores(
+    q: Tensor, k: Tensor, scale: float, *, impl: Literal["auto", "torch", "reference"] = "auto"
+) -> Tensor:
+    """Mean attention of the last W prompt tokens over W and the group, pooled; all in fp32.
+
+    ``reference.py`` is the definition.
+
+    Args:
+        q: Queries of the last W prompt tokens, fp32 / bf16 / fp16 [H, W, G, D].
+        k: Keys of the whole prompt, like ``q``, [H, N, D] with N >= W.
+        scale: Factor on the products, 1 / sqrt(D).
+        impl: ``auto`` is ``torch``; ``reference`` is the definition, slow.
+
+    Returns:
+        fp32 [H, N].
+
+    Raises:
+        ValueError: A shape or dtype is not as described.
+    """
+    check_float("q", q)
+    check_dtype("k", k, q.dtype)
+    check_shape("q", q, (None, None, None, None))
+    check_shape("k", k, (q.shape[0], None, q.shape[3]))
+    if not 1 <= q.shape[1] <= k.shape[1]:
+        raise ValueError(f"the window must be 1 to {k.shape[1]} (prompt) tokens, got {q.shape[1]}")
+    run = window_scores_reference if impl == "reference" else window_scores_torch
+    return run(q, k, scale)
