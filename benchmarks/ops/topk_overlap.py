@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.ops._harness import DTYPES, Row, check, main, timed_us
-from hetero_kernels import pack_positions, topk_overlap
+from hetero_kernels import (
+    QuantizedKeys,
+    pack_positions,
+    quantize_keys,
+    quantized_key_bytes,
+    topk_overlap,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -20,10 +27,13 @@ NUM_PIVOTS, NUM_QUERIES, GROUP_SIZE, HEAD_DIM = 25, 5, 3, 64
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """One row per prompt length and dtype."""
+    """One row per prompt length, dtype and format of the keys."""
     for name in options.dtypes:
-        for length in (1024, 4096, 7500):
-            case = make(DTYPES[name], length)
+        for length, bits in itertools.product((1024, 4096, 7500), (0, 8, 4)):
+            case = make(DTYPES[name], length, bits)
+            key_bytes = (
+                quantized_key_bytes(HEAD_DIM, bits) if bits else HEAD_DIM * DTYPES[name].itemsize
+            )
             small = {**case, "queries": case["queries"][:1], "reference": case["reference"][:1]}
             for key in ("planes", "rows", "prompt_lens", "top_k"):
                 small[key] = case[key][:1]
@@ -34,22 +44,37 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             assert (actual[0] - expected[0]).abs().max() <= 2 / int(case["top_k"][0])
             queries = NUM_PIVOTS * NUM_QUERIES * GROUP_SIZE
             yield Row(
-                case=f"{length} tokens",
+                case=f"{length} tokens" + (f", int{bits} keys" if bits else ""),
                 dtype=name,
                 native_us=timed_us(lambda case=case: topk_overlap(**case, impl="native")),
                 torch_us=timed_us(lambda case=case: topk_overlap(**case, impl="torch")),
-                num_bytes=NUM_PIVOTS * length * HEAD_DIM * DTYPES[name].itemsize,
+                num_bytes=NUM_PIVOTS * length * key_bytes,
                 num_flops=2 * queries * length * HEAD_DIM,
             )
 
 
-def make(dtype: torch.dtype, length: int) -> dict[str, Any]:
-    """Arguments for one request whose pivots each have a plane."""
+def make(dtype: torch.dtype, length: int, bits: int) -> dict[str, Any]:
+    """Arguments for one request whose pivots each have a plane; keys in ``bits`` bits, 0: dtype."""
     count = length // 3
+    num_slots = length + 8
+    keys: torch.Tensor | QuantizedKeys = torch.randn(NUM_PIVOTS, num_slots, HEAD_DIM).to(dtype)
+    if bits:
+        exact = keys
+        num_scales = (quantized_key_bytes(HEAD_DIM, bits) - HEAD_DIM * bits // 8) // 2
+        keys = QuantizedKeys(
+            torch.zeros(
+                NUM_PIVOTS,
+                num_slots,
+                HEAD_DIM * bits // 8,
+                dtype=torch.int8 if bits == 8 else torch.uint8,
+            ),
+            torch.zeros(NUM_PIVOTS, num_slots, num_scales, dtype=torch.bfloat16),
+        )
+        quantize_keys(exact, keys, slice(0, NUM_PIVOTS), torch.arange(num_slots))
     chosen = torch.stack([torch.randperm(length)[:count] for _ in range(NUM_PIVOTS)])
     return {
         "queries": torch.randn(NUM_PIVOTS, NUM_QUERIES, GROUP_SIZE, HEAD_DIM).to(dtype),
-        "k_resident": torch.randn(NUM_PIVOTS, length + 8, HEAD_DIM).to(dtype),
+        "keys": keys,
         "planes": torch.arange(NUM_PIVOTS, dtype=torch.int32),
         "req_to_token": torch.arange(length, dtype=torch.int32)[None] + 8,
         "rows": torch.zeros(NUM_PIVOTS, dtype=torch.int64),

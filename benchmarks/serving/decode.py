@@ -40,6 +40,11 @@ CONTEXT_LENGTH = 8192
 LOGPROB_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 MIN_COMPRESSED_TOKENS = 1024
 
+STATE_KEYS = (
+    *("ratio", "floor", "preset", "pivot_rows", "watch_dtype", "window", "refresh_share"),
+    *("kernels", "drift", "fetches", "areas"),
+)
+
 console = Console(stderr=True)
 
 
@@ -134,9 +139,18 @@ def parse_arguments() -> argparse.Namespace:
         help="chunk sizes that stock is tried with; the policy keeps its default",
     )
     parser.add_argument("--profile", default="auto", help="as --kv-policy-profile")
+    parser.add_argument(
+        "--preset", default="default", help="as --kv-policy-preset, of the side named policy"
+    )
+    parser.add_argument(
+        "--also", type=_names, default=[], help="more presets to decode with, for example paper"
+    )
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine too")
-    return parser.parse_args()
+    options = parser.parse_args()
+    # Servers with the policy by the name of their side.
+    options.sides = {"policy": options.preset, **{name: name for name in options.also}}
+    return options
 
 
 def _numbers(text: str) -> list[int]:
@@ -180,25 +194,25 @@ def serve(options: argparse.Namespace, dtype: str, name: str, *flags: str) -> It
         yield server
 
 
-def policy_flags(options: argparse.Namespace) -> tuple[str, ...]:
-    """Flags of the policy's side."""
+def policy_flags(options: argparse.Namespace, preset: str) -> tuple[str, ...]:
+    """Flags of a side with the policy."""
     return (
         *("--kv-policy", "heterocache", "--kv-policy-ratio", str(options.ratio)),
-        *("--kv-policy-profile", options.profile),
+        *("--kv-policy-profile", options.profile, "--kv-policy-preset", preset),
     )
 
 
 def measure_decode(options: argparse.Namespace, dtype: str, prompts: Prompts) -> dict[str, Any]:
     """Time per token of both sides at every context length."""
-    with (
-        serve(options, dtype, "stock") as stock,
-        serve(options, dtype, "heterocache", *policy_flags(options)) as policy,
-    ):
-        sides = {"stock": stock, "policy": policy}
+    with contextlib.ExitStack() as stack:
+        sides = {"stock": stack.enter_context(serve(options, dtype, "stock"))}
+        for name, preset in options.sides.items():
+            flags = policy_flags(options, preset)
+            sides[name] = stack.enter_context(serve(options, dtype, f"preset {preset}", *flags))
         for context in options.contexts:
             check_answers(sides, prompts.ids(context, 0), dtype)
         timings = {(side, context): Timing() for side in sides for context in options.contexts}
-        checks_before = policy.heterocache()["drift"]["checks"]
+        checks_before = {side: num_checks(sides[side]) for side in options.sides}
         for turn in range(options.rounds):
             for context in options.contexts:
                 prompt = prompts.ids(context, turn)
@@ -207,16 +221,23 @@ def measure_decode(options: argparse.Namespace, dtype: str, prompts: Prompts) ->
                     time_stream(sides[side], prompt, options.tokens, timings[side, context])
                     latest = timings[side, context].tpot_s[-1]
                     console.print(f"{dtype} {context:>5} {side:<6} {_ms(latest):8.2f} ms/token")
-        state = policy.heterocache()
-        check_policy(state, options, num_checks=state["drift"]["checks"] - checks_before)
+        states = {side: sides[side].heterocache() for side in options.sides}
+        for side, state in states.items():
+            more = state["drift"]["checks"] - checks_before[side]
+            check_policy(state, options, num_checks=more)
     summary: dict[str, Any] = {
         side: {str(context): timings[side, context].summary() for context in options.contexts}
         for side in sides
     }
-    summary["policy_state"] = {
-        key: state[key] for key in ("ratio", "floor", "kernels", "drift", "fetches", "areas")
-    }
+    for side, state in states.items():
+        summary[f"{side}_state"] = {key: state[key] for key in STATE_KEYS}
     return summary
+
+
+def num_checks(server: Server) -> int:
+    """Drift checks since the server's start."""
+    count: int = server.heterocache()["drift"]["checks"]
+    return count
 
 
 def check_answers(sides: dict[str, Server], prompt: list[int], dtype: str) -> None:
@@ -227,15 +248,16 @@ def check_answers(sides: dict[str, Server], prompt: list[int], dtype: str) -> No
     answers = {
         side: server.generate(prompt, 2, with_logprobs=True) for side, server in sides.items()
     }
-    stock, policy = answers["stock"], answers["policy"]
-    error = abs(stock.logprobs[0] - policy.logprobs[0])
-    if error > LOGPROB_TOLERANCE[dtype]:
-        raise GateError(
-            f"{dtype}, {len(prompt)} tokens: the sides' first tokens "
-            f"({stock.token_ids[0]}, {policy.token_ids[0]}) differ by {error:.2g} in probability"
-        )
-    if dtype == "float32" and stock.token_ids[0] != policy.token_ids[0]:
-        raise GateError(f"{len(prompt)} tokens: the sides' first tokens differ")
+    stock = answers.pop("stock")
+    for side, answer in answers.items():
+        error = abs(stock.logprobs[0] - answer.logprobs[0])
+        if error > LOGPROB_TOLERANCE[dtype]:
+            raise GateError(
+                f"{dtype}, {len(prompt)} tokens: log-probabilities of the first tokens of stock "
+                f"and {side} ({stock.token_ids[0]}, {answer.token_ids[0]}) differ by {error:.2g}"
+            )
+        if dtype == "float32" and stock.token_ids[0] != answer.token_ids[0]:
+            raise GateError(f"{len(prompt)} tokens: the first tokens of stock and {side} differ")
 
 
 def check_policy(state: dict[str, Any], options: argparse.Namespace, *, num_checks: int) -> None:
@@ -268,7 +290,7 @@ def time_stream(server: Server, prompt: list[int], num_tokens: int, timing: Timi
 def measure_prefill(options: argparse.Namespace, dtype: str, prompts: Prompts) -> dict[str, Any]:
     """Time to the first token of cold prompts; stock with several chunk sizes."""
     times: dict[str, list[float]] = {"policy": []}
-    with serve(options, dtype, "heterocache", *policy_flags(options)) as policy:
+    with serve(options, dtype, "heterocache", *policy_flags(options, options.preset)) as policy:
         for chunk in options.prefill_chunks:
             name = f"stock {chunk}"
             flags = ("--chunked-prefill-size", str(chunk), "--disable-radix-cache")
@@ -298,7 +320,8 @@ def print_tables(report: dict[str, Any], options: argparse.Namespace) -> None:
     )
     for dtype, sides in report["decode"].items():
         table = Table(title=f"Time per output token, {dtype} (ms; median of requests)")
-        for column in ("context", "stock", "policy", "stock / policy", "policy p95 gap"):
+        others = [side for side in options.sides if side != "policy"]
+        for column in ("context", "stock", "policy", "stock / policy", "policy p95 gap", *others):
             table.add_column(column, justify="right")
         for context in map(str, options.contexts):
             ours, theirs = sides["policy"][context], sides["stock"][context]
@@ -308,12 +331,13 @@ def print_tables(report: dict[str, Any], options: argparse.Namespace) -> None:
                 f"{ours['tpot_ms']:.1f}",
                 f"{theirs['tpot_ms'] / ours['tpot_ms']:.2f}x",
                 f"{ours['gap_p95_ms']:.1f}",
+                *(f"{sides[side][context]['tpot_ms']:.1f}" for side in others),
             )
         if len(options.contexts) > 1:
             low, high = str(min(options.contexts)), str(max(options.contexts))
             costs = {
                 side: sides[side][high]["tpot_ms"] - sides[side][low]["tpot_ms"]
-                for side in ("stock", "policy")
+                for side in ("stock", *options.sides)
             }
             sides["context_cost_ms"] = {side: round(cost, 3) for side, cost in costs.items()}
             ratio = costs["stock"] / costs["policy"] if costs["policy"] > 0 else math.inf
@@ -323,6 +347,8 @@ def print_tables(report: dict[str, Any], options: argparse.Namespace) -> None:
                 f"{costs['stock']:.1f}",
                 f"{costs['policy']:.1f}",
                 f"{ratio:.2f}x",
+                "",
+                *(f"{costs[side]:.1f}" for side in others),
             )
         out.print(table)
     for dtype, sides in report["prefill"].items():

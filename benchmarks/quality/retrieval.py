@@ -1,0 +1,225 @@
+"""What retrieval brings when the output moves over the whole prompt: facts in another order.
+
+Each prompt is text with 30 four-digit codes strewn into it, each under a name; then the sentences
+with 16 of the codes are fed, names in random order, and it is counted how many of the digits each
+method would have said itself (teacher-forced, simulated by masks like ``fidelity``). At the end of
+the prompt nobody can know which code comes next, so the first selection cannot do it alone.
+
+Retrieval off is shown twice: at the same bytes (nobody watches, so there is room for more rows) and
+with the same rows.
+
+    python -m benchmarks.quality.retrieval
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.common import machine, results
+from tests.simulation import texts
+from tests.simulation.engine import Simulation, prefill
+from tests.simulation.method import Method, Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parents[2]
+
+NAMES = [
+    "Amber",
+    "Basil",
+    "Cedar",
+    "Delta",
+    "Ember",
+    "Falcon",
+    "Garnet",
+    "Harbor",
+    "Indigo",
+    "Jasper",
+    "Kestrel",
+    "Lotus",
+    "Maple",
+    "Nectar",
+    "Onyx",
+    "Pepper",
+    "Quartz",
+    "Raven",
+    "Saffron",
+    "Topaz",
+    "Umber",
+    "Violet",
+    "Willow",
+    "Yarrow",
+    "Zephyr",
+    "Acorn",
+    "Birch",
+    "Coral",
+    "Daisy",
+    "Eagle",
+]
+NUM_ASKED = 16
+TEXT_CHARS = 12_000
+
+METHODS: dict[str, tuple[dict[str, Any], bool]] = {
+    # Name: settings, whether the shipped profile's roles are used.
+    "default": ({}, True),
+    "default, int4": ({"watched_bits": 4}, True),
+    "default, checked at every step, threshold 0.7": (
+        {"drift_interval": 1, "drift_threshold": 0.7},
+        True,
+    ),
+    "retrieval off, same bytes": ({"is_retrieving": False}, True),
+    "retrieval off, same rows": ({"is_retrieving": False, "priced_bits": 8}, True),
+    "SnapKV, same bytes": ({"is_retrieving": False}, False),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt and what is fed after it.
+
+    Attributes:
+        prompt: Token ids.
+        following: Token ids of the sentences.
+        is_code: Which of these are digits of a code.
+    """
+
+    prompt: list[int]
+    following: list[int]
+    is_code: torch.Tensor
+
+
+def make_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> Task:
+    """A task; another text, other codes and another order for every seed."""
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    rng = random.Random(seed)
+    codes = {name: str(rng.randrange(1_000, 10_000)) for name in NAMES}
+    begin = 40_000 * seed
+    sentences = texts.text("prose")[begin : begin + TEXT_CHARS].split(". ")
+    strewn = rng.sample(NAMES, len(NAMES))
+    every = max(1, len(sentences) // len(NAMES))
+    body: list[str] = []
+    for index, sentence in enumerate(sentences):
+        body.append(sentence)
+        if index % every == 0 and strewn:
+            name = strewn.pop()
+            body.append(f"The secret code of {name} is {codes[name]}")
+    following: list[int] = []
+    is_code: list[bool] = []
+    for name in rng.sample(NAMES, NUM_ASKED):
+        for text, counts in (
+            (f"The secret code of {name} is", False),
+            (f" {codes[name]}", True),
+            (".\n", False),
+        ):
+            piece = ids(text)
+            following += piece
+            is_code += [counts] * len(piece)
+    prompt = ids(". ".join(body) + ".\n\nHere are all the secret codes again.\n")
+    return Task(prompt, following, torch.tensor(is_code))
+
+
+def main() -> int:
+    """Run, print a table, write a JSON file."""
+    options = parse_arguments()
+    console = Console(stderr=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    roles = Profile.load(options.profile)
+    uniform = Profile.uniform(roles.num_layers, roles.num_heads)
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    with Progress(console=console) as progress:
+        bar = progress.add_task("simulating", total=options.tasks * (1 + len(METHODS)))
+        for seed in range(1, options.tasks + 1):
+            task = make_task(tokenizer, seed)
+            prompt = prefill(model, task.prompt)
+            following = torch.tensor(task.following)
+
+            def run(
+                method: Method,
+                profile: Profile,
+                task: Task = task,
+                prompt: Any = prompt,
+            ) -> tuple[torch.Tensor, float]:
+                trace = Simulation(model, profile, method).follow(
+                    prompt, task.following, with_distributions=True
+                )
+                progress.advance(bar)
+                share = trace.num_drifts / len(trace.checks) if trace.checks else 0.0
+                return torch.stack(trace.distributions), share
+
+            full, _ = run(Method(1.0), uniform)
+            cases = {"full attention": (full, 0.0)}
+            for name, (settings, has_roles) in METHODS.items():
+                method = Method(options.ratio, item_bits=options.item_bits, **settings)
+                cases[name] = run(method, roles if has_roles else uniform)
+            for name, (ours, drifts) in cases.items():
+                is_right = (ours.argmax(-1) == following)[task.is_code].float().mean().item()
+                kl = (full.exp() * (full - ours)).sum(-1)[1:].mean().item()
+                found.setdefault(name, []).append((is_right, kl, drifts))
+    report = {
+        "benchmark": "quality/retrieval",
+        "machine": machine.describe(),
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "methods": {
+            name: {
+                "digits_right": round(statistics.mean(v[0] for v in values), 4),
+                "digits_right_by_task": [round(v[0], 4) for v in values],
+                "kl": round(statistics.mean(v[1] for v in values), 5),
+                "drifts_per_check": round(statistics.mean(v[2] for v in values), 4),
+            }
+            for name, values in found.items()
+        },
+    }
+    table = Table(title=f"Codes recited at share {options.ratio} ({options.tasks} prompts)")
+    for column in ("method", "digits right", "KL to full", "drifts a check"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, values in report["methods"].items():
+        table.add_row(
+            name,
+            f"{values['digits_right']:.1%}",
+            f"{values['kl']:.3f}",
+            f"{values['drifts_per_check']:.1%}",
+        )
+    Console().print(table)
+    console.print(f"written: {results.save('quality-retrieval', report, options.out)}")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    given = os.environ.get("HETERO_DEMO_MODEL", ROOT / ".cache" / "demo-model")
+    shipped = ROOT / "profiles" / "smollm2-135m-instruct.json"
+    parser.add_argument("--model", type=Path, default=Path(given), help="Transformers directory")
+    parser.add_argument("--profile", type=Path, default=shipped, help="its head profile")
+    parser.add_argument("--ratio", type=float, default=0.3, help="resident share")
+    parser.add_argument("--tasks", type=int, default=4, help="prompts")
+    parser.add_argument(
+        "--item-bits", type=int, default=16, help="bits of the KV dtype that bytes are counted in"
+    )
+    parser.add_argument("--out", type=Path, help="result file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
