@@ -5,9 +5,28 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
 
 DIRECTORY = Path(__file__).parents[1] / "results"
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """A command line as plain text, without anything of the machine's folders.
+
+    A path inside the repository is written from its root on, any other by its last part.
+    """
+    return {name: _plain(value) for name, value in vars(options).items()}
+
+
+def _plain(value: object) -> str:
+    if not isinstance(value, Path):
+        return str(value)
+    path = value.resolve()
+    return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else path.name
 
 
 def save(name: str, data: dict[str, Any], path: Path | None = None) -> Path:

@@ -63,7 +63,7 @@ def main() -> int:
     report: dict[str, Any] = {
         "benchmark": "quality/fidelity",
         "machine": machine.describe(),
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": results.settings(options),
         "kl": {},
     }
     kl: dict[tuple[float, str], list[float]] = {}

@@ -177,7 +177,7 @@ def main() -> int:
     report = {
         "benchmark": "quality/retrieval",
         "machine": machine.describe(),
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": results.settings(options),
         "methods": {
             name: {
                 "digits_right": round(statistics.mean(v[0] for v in values), 4),

@@ -120,7 +120,7 @@ def main() -> int:
     report = {
         "benchmark": "quality/watch_precision",
         "machine": machine.describe(),
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": results.settings(options),
         "num_checks": comparison.num_checks,
         "num_drifts": comparison.num_drifts,
         "formats": {name: summary(count) for name, count in comparison.counts.items()},

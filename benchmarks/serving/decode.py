@@ -93,7 +93,7 @@ def main() -> int:
         "benchmark": "serving/decode",
         "machine": machine.describe() | {"busy_share_before": round(busy, 3)},
         "read_bandwidth_gb_s": round(machine.read_bandwidth_gb_s(), 1),
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": results.settings(options),
         "decode": {},
         "prefill": {},
     }
