@@ -66,6 +66,7 @@ ask more of each budget.
 
 examples:
   hetero-sglang profile --model models/smollm2 --out smollm2.json
+  hetero-sglang profile show smollm2.json --ratios 0.3,0.5
   hetero-sglang profile --model models/mine --out mine.json --text notes.txt --tokens 3000
   python -m sglang.launch_server --model-path models/mine --kv-policy heterocache \\
       --kv-policy-profile mine.json
@@ -154,12 +155,15 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
             help=help,
         )
 
+    from hetero_sglang.profile_commands import add_profile_actions
+
+    # Required, but not of the actions on profiles that exist.
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Transformers model directory"
+        "--model", type=Path, metavar="DIR", help="Transformers model directory (required)"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="profile to write (JSON)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="profile to write (required)")
+    add_profile_actions(parser)
+    parser.set_defaults(refuse_usage=parser.error)
     parser.add_argument(
         "--text",
         type=Path,
@@ -207,6 +211,9 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_profile(arguments: argparse.Namespace) -> None:
+    missing = [f"--{name}" for name in ("model", "out") if getattr(arguments, name) is None]
+    if missing:
+        arguments.refuse_usage(f"the following arguments are required: {', '.join(missing)}")
     from hetero_sglang.profile import save_profile
     from hetero_sglang.profiler import Calibration, profile_model, read_text
 

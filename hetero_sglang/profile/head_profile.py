@@ -93,10 +93,10 @@ class HeadProfile:
         allocation: Weight of each compressed head in the budget, fp64 [num_layers, num_kv_heads];
             mean 1 over anchors and satellites, 0 for pivots and volatile heads.
         stability: Share of a head's best prompt positions that stay its best while decoding, fp64
-            [num_layers, num_kv_heads], in [0, 1].
+            [num_layers, num_kv_heads], in [0, 1]; None if not recorded.
         satellites_of: For each pivot (layer, head) the heads of the same layer that follow it,
             ascending.
-        thresholds: Where the lines between the roles were drawn.
+        thresholds: Where the lines between the roles were drawn; None if not recorded.
         similarity: Overlap of the best positions of two heads of a layer, fp64
             [num_layers, num_kv_heads, num_kv_heads], symmetric, in [0, 1]; None if not recorded.
         provenance: How the profile came to be.
@@ -110,9 +110,9 @@ class HeadProfile:
     model: ModelShape
     roles: NDArray[np.int8]
     allocation: NDArray[np.float64]
-    stability: NDArray[np.float64]
     satellites_of: Mapping[Head, tuple[int, ...]]
-    thresholds: Thresholds
+    stability: NDArray[np.float64] | None = None
+    thresholds: Thresholds | None = None
     similarity: NDArray[np.float64] | None = None
     provenance: Provenance = field(default_factory=Provenance)
     schema_version: int = SCHEMA_VERSION
@@ -130,7 +130,8 @@ class HeadProfile:
         per_head = (self.model.num_layers, self.model.num_kv_heads)
         self._freeze("roles", np.int8, per_head)
         self._freeze("allocation", np.float64, per_head)
-        self._freeze("stability", np.float64, per_head)
+        if self.stability is not None:
+            self._freeze("stability", np.float64, per_head)
         if self.similarity is not None:
             self._freeze("similarity", np.float64, (*per_head, self.model.num_kv_heads))
         satellites = {

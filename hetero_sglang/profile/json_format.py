@@ -43,11 +43,11 @@ class _ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     digest: str = ""
     fingerprint: str = ""
     model: ModelShape
-    thresholds: Thresholds
+    thresholds: Thresholds | None = None
     provenance: Provenance
     roles: list[list[int]]
     allocation: list[list[float]]
-    stability: list[list[float]]
+    stability: list[list[float]] | None = None
     satellites_of: list[_Cluster]
     similarity: list[list[list[float]]] | None = None
 
@@ -171,18 +171,21 @@ def _body(profile: HeadProfile) -> dict[str, Any]:
     body: dict[str, Any] = {
         "schema_version": profile.schema_version,
         "model": msgspec.to_builtins(profile.model),
-        "thresholds": msgspec.to_builtins(profile.thresholds),
         "provenance": msgspec.to_builtins(profile.provenance),
         "roles": profile.roles.tolist(),
         "allocation": profile.allocation.tolist(),
-        "stability": profile.stability.tolist(),
         "satellites_of": [
             {"layer": layer, "pivot": pivot, "satellites": list(heads)}
             for (layer, pivot), heads in profile.satellites_of.items()
         ],
     }
-    if profile.similarity is not None:
-        body["similarity"] = profile.similarity.tolist()
+    # What was not recorded is left out.
+    if profile.thresholds is not None:
+        body["thresholds"] = msgspec.to_builtins(profile.thresholds)
+    for name in ("stability", "similarity"):
+        values = getattr(profile, name)
+        if values is not None:
+            body[name] = values.tolist()
     return body
 
 
@@ -208,7 +211,8 @@ def _from_file(file: _ProfileFile, origin: str) -> HeadProfile:
             raise ProfileError(f"head {list(pivot)} is listed twice", field="satellites_of")
         satellites_of[pivot] = tuple(cluster.satellites)
     for name in ("roles", "allocation", "stability"):
-        _check_rectangle(getattr(file, name), name, file.model)
+        if (rows := getattr(file, name)) is not None:
+            _check_rectangle(rows, name, file.model)
     for layer in file.similarity or ():
         for row in layer:
             if len(row) != len(layer):

@@ -19,7 +19,8 @@ class HeadRole(enum.IntEnum):
     VOLATILE = 2
     """Drifting and unlike its neighbours: keeps every token."""
     PIVOT = 3
-    """Centre of a cluster: keeps every token and watches for drift on behalf of its satellites."""
+    """Centre of a cluster: watches for drift on behalf of its satellites. Keeps every token in the
+    paper's method, else all its keys to watch with and its best prompt tokens."""
     SATELLITE = 4
     """Like its pivot: keeps its best prompt tokens, replaced when the pivot drifts."""
 
