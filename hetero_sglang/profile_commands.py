@@ -1,4 +1,4 @@
-"""`hetero-sglang profile show|diff|import`: look at profiles, and bring in published ones.
+"""`hetero-sglang profile show|diff|report|import`: look at profiles, and bring in published ones.
 
 What they print is built here as plain data first, so that it can be tested; `rich` draws it.
 """
@@ -138,7 +138,7 @@ def _tables(profile: HeadProfile, config: HeteroConfig) -> RoleTables:
 
 
 def add_profile_actions(parser: argparse.ArgumentParser) -> None:
-    """Adds `show`, `diff` and `import` below `hetero-sglang profile`."""
+    """Adds `show`, `diff`, `report` and `import` below `hetero-sglang profile`."""
     actions = parser.add_subparsers(
         title="with profiles that exist", metavar="ACTION", dest="action"
     )
@@ -174,6 +174,16 @@ def add_profile_actions(parser: argparse.ArgumentParser) -> None:
     diff.add_argument("second", metavar="B", help="the same")
     diff.set_defaults(run=_run_diff)
 
+    report = actions.add_parser(
+        "report",
+        help="a profile as a page to look at",
+        description="Draws a profile as one HTML page that needs neither scripts nor the network: "
+        "roles, stability, similarity, weights, and what ratios cost in bytes.",
+    )
+    report.add_argument("profile", metavar="PROFILE", help="a file, or a shipped profile's name")
+    report.add_argument("--html", type=Path, required=True, metavar="OUT", help="page to write")
+    report.set_defaults(run=_run_report)
+
     bring = actions.add_parser(
         "import",
         help="turn a profile published with the paper into one of ours",
@@ -194,6 +204,14 @@ def add_profile_actions(parser: argparse.ArgumentParser) -> None:
     )
     bring.add_argument("--name", default="", help="the model's name, for people")
     bring.set_defaults(run=_run_import)
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    from hetero_sglang.profile_report import render_report
+
+    page = render_report(_open(arguments.profile))
+    arguments.html.write_text(page, encoding="utf-8")
+    _console().print(f"{arguments.html}: written, {len(page) / 1024:.0f} KiB")
 
 
 def _run_show(arguments: argparse.Namespace) -> None:
