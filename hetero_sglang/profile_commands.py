@@ -23,11 +23,20 @@ from hetero_sglang.profile.published import import_published
 if TYPE_CHECKING:
     import argparse
 
+    from numpy.typing import NDArray
     from rich.console import Console
 
     from hetero_sglang.profile import HeadProfile
 
-__all__ = ["BudgetRow", "RoleChange", "add_profile_actions", "budget_rows", "role_changes"]
+__all__ = [
+    "BudgetRow",
+    "RoleChange",
+    "add_profile_actions",
+    "budget_rows",
+    "kappa",
+    "rank_correlation",
+    "role_changes",
+]
 
 _ITEM_BYTES = 2
 """Of KV elements in the tables: 16-bit KV."""
@@ -119,6 +128,39 @@ def role_changes(first: HeadProfile, second: HeadProfile) -> list[RoleChange]:
         )
         for layer, head in np.argwhere(first.roles != second.roles).tolist()
     ]
+
+
+def kappa(first: HeadProfile, second: HeadProfile) -> float:
+    """Cohen's kappa of the roles: 1 is agreement on every head, 0 what chance would give.
+
+    Where both profiles give every head one and the same role, there is nothing to agree on by
+    chance and the result is 1.
+    """
+    a, b = first.roles.ravel(), second.roles.ravel()
+    observed = float((a == b).mean())
+    expected = sum(float((a == role).mean() * (b == role).mean()) for role in HeadRole)
+    return 1.0 if expected == 1.0 else (observed - expected) / (1.0 - expected)
+
+
+def rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Spearman's correlation: 1 if both order all values alike, NaN if one has no order.
+
+    Args:
+        first: Values, any shape.
+        second: Values of the same shape.
+    """
+    a, b = _ranks(first.ravel()), _ranks(second.ravel())
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 0; equal values share the mean of theirs."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    means = last - (counts + 1) / 2
+    return np.asarray(means[group], dtype=np.float64)
 
 
 def _tables(profile: HeadProfile, config: HeteroConfig) -> RoleTables:
@@ -240,6 +282,10 @@ def _run_diff(arguments: argparse.Namespace) -> None:
         listed = ", ".join(f"{c.layer}.{c.head}" for c in changes[:_LISTED_CHANGES])
         more = "" if len(changes) <= _LISTED_CHANGES else ", ..."
         console.print(f"  layer.head: {listed}{more}")
+    console.print(f"Cohen's kappa of the roles: {kappa(first, second):.3f}")
+    if first.stability is not None and second.stability is not None:
+        correlation = rank_correlation(first.stability, second.stability)
+        console.print(f"Rank correlation of the stability: {correlation:.3f}")
     both = (first.allocation > 0) & (second.allocation > 0)
     if both.any():
         largest = float(np.abs(first.allocation - second.allocation)[both].max())

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from hetero_sglang import cli
 from hetero_sglang.profile import HeadRole, load_profile, save_profile, shipped_profiles
-from hetero_sglang.profile_commands import RoleChange, budget_rows, role_changes
+from hetero_sglang.profile_commands import (
+    RoleChange,
+    budget_rows,
+    kappa,
+    rank_correlation,
+    role_changes,
+)
 from tests.unit.profile.test_published import published
 
 if TYPE_CHECKING:
@@ -70,9 +78,37 @@ def test_diff_names_the_heads_that_changed(
     assert "1 of 90 heads have other roles" in text
     assert "1 volatile -> satellite" in text
     assert "17.1" in text
+    assert f"kappa of the roles: {kappa(source, load_profile(path)):.3f}" in text
+    assert "Rank correlation of the stability: 1.000" in text
     assert "with other satellites: 1" in text
     assert cli.main(["profile", "diff", NAME, NAME]) == 0
     assert "The roles of all 90 heads agree" in capsys.readouterr().out
+
+
+def test_kappa_is_agreement_beyond_chance() -> None:
+    source = shipped_profiles()[NAME]
+    assert kappa(source, source) == 1.0
+    # Layers in reverse: most heads keep their role, and the counts stay as they are.
+    turned = dataclasses.replace(
+        source,
+        roles=source.roles[::-1],
+        allocation=source.allocation[::-1],
+        satellites_of={(29 - layer, h): s for (layer, h), s in source.satellites_of.items()},
+    )
+    agreed = float((source.roles == turned.roles).mean())
+    chance = (2**2 + 30**2 + 58**2) / 90**2
+    assert kappa(source, turned) == pytest.approx((agreed - chance) / (1 - chance))
+    assert 0 < kappa(source, turned) < 1
+
+
+def test_rank_correlation_shares_ranks_among_equals() -> None:
+    values = np.array([[0.1, 0.4], [0.2, 0.9]])
+    assert rank_correlation(values, values**3) == pytest.approx(1.0)
+    assert rank_correlation(values, -values) == pytest.approx(-1.0)
+    # Ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3.
+    tied = rank_correlation(np.array([1.0, 2.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5.0))
+    assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0)))
 
 
 def test_import_writes_a_profile_of_the_model(
