@@ -169,8 +169,9 @@ def _add_profile_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        metavar="FILE",
-        help="calibration text, may be repeated; by default the shipped prose, dialogue and code",
+        metavar="FILE|DIR",
+        help="calibration text or a directory of .txt files, may be repeated; by default the "
+        "shipped prose, dialogue and code",
     )
     option(
         "--tokens",
@@ -215,7 +216,7 @@ def _run_profile(arguments: argparse.Namespace) -> None:
     if missing:
         arguments.refuse_usage(f"the following arguments are required: {', '.join(missing)}")
     from hetero_sglang.profile import save_profile
-    from hetero_sglang.profiler import Calibration, profile_model, read_text
+    from hetero_sglang.profiler import Calibration, profile_model, read_texts
 
     given = vars(arguments)
     defaults = Calibration().thresholds
@@ -227,7 +228,7 @@ def _run_profile(arguments: argparse.Namespace) -> None:
     calibration = Calibration(
         thresholds=thresholds, **{name: given[name] for name in names if name in given}
     )
-    texts = [read_text(path) for path in arguments.text]
+    texts = [text for path in arguments.text for text in read_texts(path)]
     with shown_progress() as progress:
         profile = profile_model(arguments.model, calibration, texts=texts, progress=progress)
     save_profile(profile, arguments.out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from hetero_sglang.profiler.calibration import Calibration, profile_model
 from hetero_sglang.profiler.classify import assign_roles, classify_heads
 from hetero_sglang.profiler.observation import HeadObserver
-from hetero_sglang.profiler.texts import CalibrationText, calibration_texts, read_text
+from hetero_sglang.profiler.texts import CalibrationText, calibration_texts, read_text, read_texts
 
 __all__ = [
     "Calibration",
@@ -21,4 +21,5 @@ __all__ = [
     "classify_heads",
     "profile_model",
     "read_text",
+    "read_texts",
 ]

@@ -12,7 +12,7 @@ from hetero_sglang.errors import ConfigError
 if TYPE_CHECKING:
     import os
 
-__all__ = ["CalibrationText", "calibration_texts", "read_text"]
+__all__ = ["CalibrationText", "calibration_texts", "read_text", "read_texts"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,27 @@ def calibration_texts() -> tuple[CalibrationText, ...]:
         key=lambda entry: entry.name,
     )
     return tuple(CalibrationText(file.name, file.read_text(encoding="utf-8")) for file in files)
+
+
+def read_texts(path: str | os.PathLike[str]) -> tuple[CalibrationText, ...]:
+    """Reads a calibration text, or every ``.txt`` file of a directory in alphabetical order.
+
+    Args:
+        path: A UTF-8 text file, or a directory of such.
+
+    Returns:
+        The texts, each named after its file.
+
+    Raises:
+        ConfigError: A file cannot be read or is no UTF-8 text, or the directory has none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return (read_text(path),)
+    files = sorted(entry for entry in path.iterdir() if entry.suffix == ".txt" and entry.is_file())
+    if not files:
+        raise ConfigError(f"directory {path} holds no .txt file; give a file or another directory")
+    return tuple(read_text(file) for file in files)
 
 
 def read_text(path: str | os.PathLike[str]) -> CalibrationText:

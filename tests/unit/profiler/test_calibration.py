@@ -17,6 +17,7 @@ from hetero_sglang.profiler import (
     classify_heads,
     profile_model,
     read_text,
+    read_texts,
 )
 
 if TYPE_CHECKING:
@@ -208,3 +209,13 @@ def test_a_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_text(tmp_path / "latin.txt")
     with pytest.raises(ConfigError, match="cannot read text"):
         read_text(tmp_path / "none.txt")
+
+
+def test_a_directory_stands_for_its_text_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "notes.md"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "deeper.txt").mkdir()
+    assert [text.name for text in read_texts(tmp_path)] == ["a.txt", "b.txt"]
+    assert read_texts(tmp_path / "b.txt") == (CalibrationText("b.txt", "b.txt"),)
+    with pytest.raises(ConfigError, match=r"deeper\.txt holds no \.txt file"):
+        read_texts(tmp_path / "deeper.txt")
