@@ -12,30 +12,25 @@ row in the given dtype.
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import machine, results
-from benchmarks.quality._texts import excerpts
+from benchmarks.common import results
+from benchmarks.quality._study import excerpts, load_subject, new_report, study_parser
 from tests.simulation.engine import Simulation, prefill
 from tests.simulation.method import Method, Profile, held_heads
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable
 
     from tests.simulation.engine import Prefill
-
-ROOT = Path(__file__).parents[2]
 
 METHODS: dict[str, tuple[Callable[..., Method], dict[str, Any], bool]] = {
     # Name: method, its settings, whether the shipped profile's roles are used.
@@ -55,15 +50,9 @@ def main() -> int:
     """Run, print a table, write a JSON file."""
     options = parse_arguments()
     console = Console(stderr=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    roles = Profile.load(options.profile)
-    uniform = Profile.uniform(roles.num_layers, roles.num_heads)
-    texts = excerpts(tokenizer, options.tokens)[: options.texts]
-    report: dict[str, Any] = {
-        "benchmark": "quality/fidelity",
-        "machine": machine.describe(),
-        "settings": results.settings(options),
+    subject = load_subject(options)
+    texts = excerpts(subject.tokenizer, options.tokens)[: options.texts]
+    report: dict[str, Any] = new_report("fidelity", options) | {
         "kl": {},
     }
     kl: dict[tuple[float, str], list[float]] = {}
@@ -71,17 +60,19 @@ def main() -> int:
     with Progress(console=console) as progress:
         task = progress.add_task("simulating", total=total)
         for text in texts:
-            prompt = prefill(model, text.prompt)
-            full = distributions(Simulation(model, uniform, Method(1.0)), prompt, text.following)
+            prompt = prefill(subject.model, text.prompt)
+            full = distributions(
+                Simulation(subject.model, subject.uniform, Method(1.0)), prompt, text.following
+            )
             for ratio in options.ratios:
                 for name in options.methods:
                     make, settings, has_roles = METHODS[name]
                     method = make(ratio, item_bits=options.item_bits, **settings)
-                    profile = roles if has_roles else uniform
+                    profile = subject.roles if has_roles else subject.uniform
                     progress.advance(task)
-                    if not fits(profile, method, model.config.head_dim):
+                    if not fits(profile, method, subject.model.config.head_dim):
                         continue
-                    simulation = Simulation(model, profile, method)
+                    simulation = Simulation(subject.model, profile, method)
                     ours = distributions(simulation, prompt, text.following)
                     # The first token comes from full attention in every method.
                     value = (full.exp() * (full - ours)).sum(-1)[1:].mean().item()
@@ -111,13 +102,7 @@ def distributions(simulation: Simulation, prompt: Prefill, following: list[int])
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    given = os.environ.get("HETERO_DEMO_MODEL", ROOT / ".cache" / "demo-model")
-    shipped = ROOT / "profiles" / "smollm2-135m-instruct.json"
-    parser.add_argument("--model", type=Path, default=Path(given), help="Transformers directory")
-    parser.add_argument("--profile", type=Path, default=shipped, help="its head profile")
+    parser = study_parser(__doc__)
     parser.add_argument(
         "--ratios", type=lambda text: [float(r) for r in text.split(",")], default=[0.5, 0.6]
     )
@@ -132,7 +117,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--item-bits", type=int, default=16, help="bits of the KV dtype that bytes are counted in"
     )
-    parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args()
     unknown = sorted(set(options.methods) - set(METHODS))
     if unknown:

@@ -5,38 +5,36 @@ with 16 of the codes are fed, names in random order, and it is counted how many 
 method would have said itself (teacher-forced, simulated by masks like ``fidelity``). At the end of
 the prompt nobody can know which code comes next, so the first selection cannot do it alone.
 
-Retrieval off is shown twice: at the same bytes (nobody watches, so there is room for more rows) and
-with the same rows.
+Eager checks after every step, sees drift at a threshold of 0.7 and gives whole budgets to the
+pivot's best. Retrieval off is shown twice: at the same bytes (nobody watches, so there is room for
+more rows) and with the same rows.
 
     python -m benchmarks.quality.retrieval
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import machine, results
+from benchmarks.common import results
+from benchmarks.quality._study import load_subject, new_report, study_parser
 from tests.simulation import texts
 from tests.simulation.engine import Simulation, prefill
 from tests.simulation.method import Method, Profile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import argparse
 
-ROOT = Path(__file__).parents[2]
+    from transformers import PreTrainedTokenizerBase
 
 NAMES = [
     "Amber",
@@ -77,8 +75,14 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     # Name: settings, whether the shipped profile's roles are used.
     "default": ({}, True),
     "default, int4": ({"watched_bits": 4}, True),
-    "default, checked at every step, threshold 0.7": (
-        {"drift_interval": 1, "drift_threshold": 0.7},
+    "default, eager": ({"drift_interval": 1, "drift_threshold": 0.7, "refresh_share": 1.0}, True),
+    "default, int4, eager": (
+        {
+            "watched_bits": 4,
+            "drift_interval": 1,
+            "drift_threshold": 0.7,
+            "refresh_share": 1.0,
+        },
         True,
     ),
     "retrieval off, same bytes": ({"is_retrieving": False}, True),
@@ -140,16 +144,13 @@ def main() -> int:
     """Run, print a table, write a JSON file."""
     options = parse_arguments()
     console = Console(stderr=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    roles = Profile.load(options.profile)
-    uniform = Profile.uniform(roles.num_layers, roles.num_heads)
+    subject = load_subject(options)
     found: dict[str, list[tuple[float, float, float]]] = {}
     with Progress(console=console) as progress:
         bar = progress.add_task("simulating", total=options.tasks * (1 + len(METHODS)))
         for seed in range(1, options.tasks + 1):
-            task = make_task(tokenizer, seed)
-            prompt = prefill(model, task.prompt)
+            task = make_task(subject.tokenizer, seed)
+            prompt = prefill(subject.model, task.prompt)
             following = torch.tensor(task.following)
 
             def run(
@@ -158,26 +159,23 @@ def main() -> int:
                 task: Task = task,
                 prompt: Any = prompt,
             ) -> tuple[torch.Tensor, float]:
-                trace = Simulation(model, profile, method).follow(
+                trace = Simulation(subject.model, profile, method).follow(
                     prompt, task.following, with_distributions=True
                 )
                 progress.advance(bar)
                 share = trace.num_drifts / len(trace.checks) if trace.checks else 0.0
                 return torch.stack(trace.distributions), share
 
-            full, _ = run(Method(1.0), uniform)
+            full, _ = run(Method(1.0), subject.uniform)
             cases = {"full attention": (full, 0.0)}
             for name, (settings, has_roles) in METHODS.items():
                 method = Method(options.ratio, item_bits=options.item_bits, **settings)
-                cases[name] = run(method, roles if has_roles else uniform)
+                cases[name] = run(method, subject.roles if has_roles else subject.uniform)
             for name, (ours, drifts) in cases.items():
                 is_right = (ours.argmax(-1) == following)[task.is_code].float().mean().item()
                 kl = (full.exp() * (full - ours)).sum(-1)[1:].mean().item()
                 found.setdefault(name, []).append((is_right, kl, drifts))
-    report = {
-        "benchmark": "quality/retrieval",
-        "machine": machine.describe(),
-        "settings": results.settings(options),
+    report = new_report("retrieval", options) | {
         "methods": {
             name: {
                 "digits_right": round(statistics.mean(v[0] for v in values), 4),
@@ -205,19 +203,12 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    given = os.environ.get("HETERO_DEMO_MODEL", ROOT / ".cache" / "demo-model")
-    shipped = ROOT / "profiles" / "smollm2-135m-instruct.json"
-    parser.add_argument("--model", type=Path, default=Path(given), help="Transformers directory")
-    parser.add_argument("--profile", type=Path, default=shipped, help="its head profile")
+    parser = study_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=0.3, help="resident share")
     parser.add_argument("--tasks", type=int, default=4, help="prompts")
     parser.add_argument(
         "--item-bits", type=int, default=16, help="bits of the KV dtype that bytes are counted in"
     )
-    parser.add_argument("--out", type=Path, help="result file")
     return parser.parse_args()
 
 

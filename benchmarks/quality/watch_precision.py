@@ -10,26 +10,21 @@ tries what the shipped format was chosen among: one scale a key, or one for 16 o
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import machine, results
-from benchmarks.quality._texts import excerpts
+from benchmarks.common import results
+from benchmarks.quality._study import excerpts, load_subject, new_report, study_parser
 from tests.simulation.engine import Simulation, prefill
 from tests.simulation.method import (
     Method,
-    Profile,
     best_first,
     median,
     overlap,
@@ -37,11 +32,11 @@ from tests.simulation.method import (
 )
 
 if TYPE_CHECKING:
+    import argparse
+
     from torch import Tensor
 
     from tests.simulation.engine import Look
-
-ROOT = Path(__file__).parents[2]
 
 FORMATS = {
     # Name: bits, elements of a scale (0: the whole key).
@@ -108,19 +103,14 @@ def main() -> int:
     """Run, print a table, write a JSON file."""
     options = parse_arguments()
     console = Console(stderr=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    profile = Profile.load(options.profile)
+    subject = load_subject(options)
     method = Method.paper(options.ratio)
     comparison = Comparison(method.drift_threshold)
-    texts = excerpts(tokenizer, options.tokens)[: options.texts]
+    texts = excerpts(subject.tokenizer, options.tokens)[: options.texts]
     for text in track(texts, "texts", console=console):
-        simulation = Simulation(model, profile, method, observer=comparison)
-        simulation.follow(prefill(model, text.prompt), text.following)
-    report = {
-        "benchmark": "quality/watch_precision",
-        "machine": machine.describe(),
-        "settings": results.settings(options),
+        simulation = Simulation(subject.model, subject.roles, method, observer=comparison)
+        simulation.follow(prefill(subject.model, text.prompt), text.following)
+    report = new_report("watch_precision", options) | {
         "num_checks": comparison.num_checks,
         "num_drifts": comparison.num_drifts,
         "formats": {name: summary(count) for name, count in comparison.counts.items()},
@@ -161,17 +151,10 @@ def print_table(report: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    given = os.environ.get("HETERO_DEMO_MODEL", ROOT / ".cache" / "demo-model")
-    shipped = ROOT / "profiles" / "smollm2-135m-instruct.json"
-    parser.add_argument("--model", type=Path, default=Path(given), help="Transformers directory")
-    parser.add_argument("--profile", type=Path, default=shipped, help="its head profile")
+    parser = study_parser(__doc__)
     parser.add_argument("--ratio", type=float, default=0.5, help="resident share, above the floor")
     parser.add_argument("--tokens", type=int, default=64, help="tokens fed after each prompt")
     parser.add_argument("--texts", type=int, default=99, help="use the first so many texts only")
-    parser.add_argument("--out", type=Path, help="result file")
     return parser.parse_args()
 
 
