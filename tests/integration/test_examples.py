@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hetero_sglang.config import PRESETS
 from hetero_sglang.sglang_adapter.arguments import add_cli_args
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "server.yaml"
@@ -22,11 +23,13 @@ def given() -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def defaults() -> dict[str, object]:
-    """Default of every flag of the policy."""
+    """Default of every flag of the policy; of those that the preset sets, the default preset's."""
     parser = argparse.ArgumentParser()
     add_cli_args(lambda _: None, parser)
     return {
-        option.removeprefix("--"): action.default
+        option.removeprefix("--"): PRESETS["default"].get(
+            action.dest.removeprefix("kv_policy_"), action.default
+        )
         for action in parser._actions
         for option in action.option_strings
         if option.startswith("--kv-policy")

@@ -132,7 +132,7 @@ def test_used_bytes_while_decoding_are_the_ratios_share(
                 break
         state = server.heterocache()
     used = {name: area["used_bytes"] for name, area in state["areas"].items()}
-    held = used["resident"] + used["blocks"]
+    held = used["resident"] + used["watch"] + used["blocks"]
     assert used["staging"] == 0
     assert state["memd"]["pages_used"] > 0
     # Half of the prompt, all of the tail, and blocks that are not full.

@@ -27,7 +27,8 @@ def quantize_keys_torch(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         Elements [..., D * bits / 8] and scales [..., num_groups].
     """
     D, largest = keys.shape[-1], LARGEST[bits]
-    grouped = keys.float().reshape(*keys.shape[:-1], num_groups(D, bits), -1)
+    groups = num_groups(D, bits)
+    grouped = keys.float().reshape(*keys.shape[:-1], groups, D // groups)
     scales = (grouped.abs().amax(dim=-1) / largest).to(torch.bfloat16)
     divisors = scales.float()[..., None]
     # A group of zeros divides by one.

@@ -104,5 +104,5 @@ class QuantizedKeys:
         if self.bits == 4:
             data = torch.cat([data & 15, data >> 4], dim=-1).to(torch.int16) - 8
         scales = self.scales[plane, slots].float()
-        grouped = data.float().view(*scales.shape, -1)
+        grouped = data.float().view(*scales.shape, self.head_dim // scales.shape[-1])
         return (grouped * scales[..., None]).flatten(-2)
