@@ -19,7 +19,6 @@ from hetero_sglang.progress import shown_progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hetero_sglang.profile import HeadProfile
 
 __all__ = ["main"]
 
@@ -216,6 +215,7 @@ def _run_profile(arguments: argparse.Namespace) -> None:
     if missing:
         arguments.refuse_usage(f"the following arguments are required: {', '.join(missing)}")
     from hetero_sglang.profile import save_profile
+    from hetero_sglang.profile_commands import profile_summary
     from hetero_sglang.profiler import Calibration, profile_model, read_texts
 
     given = vars(arguments)
@@ -232,31 +232,7 @@ def _run_profile(arguments: argparse.Namespace) -> None:
     with shown_progress() as progress:
         profile = profile_model(arguments.model, calibration, texts=texts, progress=progress)
     save_profile(profile, arguments.out)
-    _say(f"{arguments.out}: {_summary(profile)}")
-
-
-def _summary(profile: HeadProfile) -> str:
-    counts = ", ".join(f"{count} {role.name.lower()}" for role, count in profile.counts.items())
-    return (
-        f"{profile.num_heads} KV heads: {counts}\n"
-        f"--kv-policy-ratio must be above the floor: {_floors(profile)}\n"
-        f"fingerprint {profile.fingerprint}, digest {profile.digest[:16]}"
-    )
-
-
-def _floors(profile: HeadProfile) -> str:
-    """Lowest shares by what pivots keep, for 16-bit KV."""
-    from hetero_sglang.cache.watch import watched_key_bytes
-    from hetero_sglang.policy.roles import build_role_tables
-
-    paper = f"{profile.floor:.1%} with --kv-policy-preset paper"
-    head_dim = profile.model.head_dim
-    try:
-        share = watched_key_bytes("int8", head_dim, 2) / (4 * head_dim)
-    except (ValueError, ZeroDivisionError):
-        return paper  # An unknown head dimension, or one that no kernel serves.
-    tables = build_role_tables(profile, pivot_rows="budget", watched_share=share)
-    return f"{tables.floor:.1%} (16-bit KV, int8 watched keys), {paper}"
+    _say(f"{arguments.out}: {profile_summary(profile)}")
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from hetero_sglang.config import PRESETS, HeteroConfig, Preset, resolve_preset
 from hetero_sglang.errors import BudgetError, ConfigError
 from hetero_sglang.policy.budget import allocate_budget
-from hetero_sglang.policy.roles import RoleTables, build_role_tables
 from hetero_sglang.profile import HeadRole, ModelShape, load_profile, save_profile, shipped_profiles
 from hetero_sglang.profile.published import import_published
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
+    from hetero_sglang.policy.roles import RoleTables
     from hetero_sglang.profile import HeadProfile
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "add_profile_actions",
     "budget_rows",
     "kappa",
+    "profile_summary",
     "rank_correlation",
     "role_changes",
 ]
@@ -164,16 +165,10 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tables(profile: HeadProfile, config: HeteroConfig) -> RoleTables:
-    share = 0.0
-    if config.has_watch_pool:
-        from hetero_sglang.cache.watch import watched_key_bytes
+    from hetero_sglang.cache.watch import tables_for
 
-        # The share hardly depends on the head dimension; 128 stands in for an unknown one.
-        head_dim = profile.model.head_dim or 128
-        share = watched_key_bytes(config.watch_dtype, head_dim, _ITEM_BYTES) / (
-            2 * head_dim * _ITEM_BYTES
-        )
-    return build_role_tables(profile, pivot_rows=config.pivot_rows, watched_share=share)
+    # The watched share hardly depends on the head dimension; 128 stands in for an unknown one.
+    return tables_for(config, profile, _ITEM_BYTES, head_dim=128)
 
 
 # -- commands ------------------------------------------------------------------------------------
@@ -331,19 +326,26 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True)
 
 
+def profile_summary(profile: HeadProfile) -> str:
+    """Heads, floors and names of a profile, a line each."""
+    counts = ", ".join(f"{count} {role.name.lower()}" for role, count in profile.counts.items())
+    floors = ", ".join(
+        f"{_floor(profile, preset):.1%} with --kv-policy-preset {preset}" for preset in PRESETS
+    )
+    return (
+        f"{profile.num_heads} KV heads: {counts}\n"
+        f"--kv-policy-ratio must be above the floor (16-bit KV): {floors}\n"
+        f"fingerprint {profile.fingerprint}, digest {profile.digest[:16]}"
+    )
+
+
 def _print_head(console: Console, profile: HeadProfile) -> None:
     model = profile.model
-    counts = ", ".join(f"{count} {role.name.lower()}" for role, count in profile.counts.items())
     console.print(
         f"{profile.provenance.model or model.architecture or 'unnamed model'}: {model.num_layers} "
         f"layers of {model.num_q_heads} query and {model.num_kv_heads} KV heads"
     )
-    console.print(f"{profile.num_heads} KV heads: {counts}")
-    floors = ", ".join(
-        f"{_floor(profile, preset):.1%} with --kv-policy-preset {preset}" for preset in PRESETS
-    )
-    console.print(f"--kv-policy-ratio must be above (16-bit KV): {floors}")
-    console.print(f"fingerprint {profile.fingerprint}, digest {profile.digest[:16]}")
+    console.print(profile_summary(profile))
 
 
 def _floor(profile: HeadProfile, preset: Preset) -> float:

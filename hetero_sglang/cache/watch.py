@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels import QuantizedKeys, quantize_keys, quantized_key_bytes
+from hetero_kernels.quantize_keys import num_groups
 from hetero_sglang.cache.memory import allocate_pool
+from hetero_sglang.errors import ConfigError
+from hetero_sglang.policy.roles import build_role_tables
 
 if TYPE_CHECKING:
-    from hetero_sglang.config import WatchDtype
+    from hetero_sglang.config import HeteroConfig, WatchDtype
+    from hetero_sglang.policy.roles import RoleTables
+    from hetero_sglang.profile import HeadProfile
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -36,6 +41,33 @@ def watched_key_bytes(watch_dtype: WatchDtype, head_dim: int, item_bytes: int) -
     if watch_dtype == "model":
         return head_dim * item_bytes
     return quantized_key_bytes(head_dim, _BITS[watch_dtype])
+
+
+def tables_for(
+    config: HeteroConfig, profile: HeadProfile, item_bytes: int, *, head_dim: int = 0
+) -> RoleTables:
+    """Index tables of a profile under these settings.
+
+    Args:
+        config: Settings.
+        profile: Profile of the model.
+        item_bytes: Bytes of an element of the KV dtype.
+        head_dim: Stands in where the profile does not know its model's.
+
+    Raises:
+        ConfigError: The head dimension does not suit the watched keys' format.
+    """
+    share = 0.0
+    if config.has_watch_pool:
+        head_dim = profile.model.head_dim or head_dim
+        try:
+            key_bytes = watched_key_bytes(config.watch_dtype, head_dim, item_bytes)
+        except ValueError as error:
+            raise ConfigError(
+                f"--kv-policy-watch-dtype {config.watch_dtype}: {error}; use model or int8"
+            ) from error
+        share = key_bytes / (2 * head_dim * item_bytes)
+    return build_role_tables(profile, pivot_rows=config.pivot_rows, watched_share=share)
 
 
 class WatchPool:
@@ -73,15 +105,15 @@ class WatchPool:
             self.keys = allocate_pool((num_pivots, num_slots, head_dim), dtype, device)
             return
         bits = _BITS[watch_dtype]
-        num_bytes = head_dim * bits // 8
-        num_scales = (quantized_key_bytes(head_dim, bits) - num_bytes) // 2
         self.keys = QuantizedKeys(
             data=allocate_pool(
-                (num_pivots, num_slots, num_bytes),
+                (num_pivots, num_slots, head_dim * bits // 8),
                 torch.int8 if bits == 8 else torch.uint8,
                 device,
             ),
-            scales=allocate_pool((num_pivots, num_slots, num_scales), torch.bfloat16, device),
+            scales=allocate_pool(
+                (num_pivots, num_slots, num_groups(head_dim, bits)), torch.bfloat16, device
+            ),
         )
 
     def write(self, pivots: slice, token_ids: torch.Tensor, keys: torch.Tensor) -> None:

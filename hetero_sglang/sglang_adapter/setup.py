@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hetero_sglang.cache.sizing import SizingRule
-from hetero_sglang.cache.watch import watched_key_bytes
+from hetero_sglang.cache.watch import tables_for, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
-from hetero_sglang.errors import ConfigError
-from hetero_sglang.policy.roles import RoleTables, build_role_tables
 from hetero_sglang.sglang_adapter.arguments import resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config
 
 if TYPE_CHECKING:
     import torch
 
+    from hetero_sglang.policy.roles import RoleTables
     from hetero_sglang.profile import HeadProfile
 
 
@@ -43,7 +42,7 @@ class Setup:
 
 
 def heads_of(config: HeteroConfig, profile: HeadProfile, item_bytes: int) -> RoleTables:
-    """Index tables of a profile under these settings.
+    """Index tables of a profile under these settings, the ratio checked against the floor.
 
     Args:
         config: Settings.
@@ -54,17 +53,7 @@ def heads_of(config: HeteroConfig, profile: HeadProfile, item_bytes: int) -> Rol
         BudgetError: The ratio is not above the floor.
         ConfigError: The model's head dimension does not suit the watched keys' format.
     """
-    watched_share = 0.0
-    if config.has_watch_pool:
-        head_dim = profile.model.head_dim
-        try:
-            key_bytes = watched_key_bytes(config.watch_dtype, head_dim, item_bytes)
-        except ValueError as error:
-            raise ConfigError(
-                f"--kv-policy-watch-dtype {config.watch_dtype}: {error}; use model or int8"
-            ) from error
-        watched_share = key_bytes / (2 * head_dim * item_bytes)
-    tables = build_role_tables(profile, pivot_rows=config.pivot_rows, watched_share=watched_share)
+    tables = tables_for(config, profile, item_bytes)
     config.budget_rule(tables).check(tables.num_compressed)
     return tables
 
@@ -93,15 +82,17 @@ def setup_for(configurator: Any) -> Setup:
     profile = resolve_profile(config, plain)
     dtype: torch.dtype = configurator.kv_cache_dtype
     tables = heads_of(config, profile, dtype.itemsize)
-    row_bytes = 2 * model.head_dim * dtype.itemsize
+    key_bytes = 0
+    if config.has_watch_pool:
+        key_bytes = watched_key_bytes(config.watch_dtype, model.head_dim, dtype.itemsize)
     rule = SizingRule(
         ratio=config.ratio,
         num_planes=tables.num_planes,
         num_compressed=tables.num_compressed,
-        row_bytes=row_bytes,
+        row_bytes=2 * model.head_dim * dtype.itemsize,
         block_tokens=config.block_tokens,
         context_tokens=model.context_len,
-        watched_bytes=round(tables.watched_share * row_bytes) * tables.num_pivots,
+        watched_bytes=key_bytes * tables.num_pivots,
     )
     setup = Setup(
         config=config,

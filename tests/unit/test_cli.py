@@ -173,7 +173,7 @@ def test_profile_writes_a_file_and_sums_it_up(
     profile = load_profile(out)
     text = capsys.readouterr().out
     assert "3 KV heads: 0 anchor, 1 volatile, 1 pivot, 1 satellite" in text
-    assert "must be above the floor: " in text
+    assert "--kv-policy-ratio must be above the floor (16-bit KV): " in text
     assert "66.7% with --kv-policy-preset paper" in text
     assert profile.digest[:16] in text
 
