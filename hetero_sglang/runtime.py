@@ -632,9 +632,10 @@ class HeteroRuntime:
             scores = protect(scores, self.config.window)
             count = max(wanted, default=0)
             best = top_positions(scores, count, order="best").numpy().astype(np.int64)
+            scores_np = scores.numpy()
             for head, size in zip(refreshed, wanted, strict=True):
                 held = self._retrieval.expected_positions(row, head)
-                target = refresh_target(best[:size], held, scores.numpy())
+                target = refresh_target(best[:size], held, scores_np)
                 self._retrieval.set_target(row, head, target)
 
     def _lose_memd(self) -> None:
@@ -688,6 +689,7 @@ class HeteroRuntime:
             "window": self.config.window,
             "refresh_share": self.config.refresh_share,
             "min_tokens": self.config.min_tokens,
+            "is_filling": self.config.is_filling,
             "retrieval": self.config.retrieval,
             "areas": {
                 "staging": {

@@ -18,6 +18,7 @@ from hetero_kernels import (
     quantized_key_bytes,
     topk_overlap,
 )
+from hetero_kernels.quantize_keys import num_groups
 
 if TYPE_CHECKING:
     import argparse
@@ -60,7 +61,6 @@ def make(dtype: torch.dtype, length: int, bits: int) -> dict[str, Any]:
     keys: torch.Tensor | QuantizedKeys = torch.randn(NUM_PIVOTS, num_slots, HEAD_DIM).to(dtype)
     if bits:
         exact = keys
-        num_scales = (quantized_key_bytes(HEAD_DIM, bits) - HEAD_DIM * bits // 8) // 2
         keys = QuantizedKeys(
             torch.zeros(
                 NUM_PIVOTS,
@@ -68,7 +68,7 @@ def make(dtype: torch.dtype, length: int, bits: int) -> dict[str, Any]:
                 HEAD_DIM * bits // 8,
                 dtype=torch.int8 if bits == 8 else torch.uint8,
             ),
-            torch.zeros(NUM_PIVOTS, num_slots, num_scales, dtype=torch.bfloat16),
+            torch.zeros(NUM_PIVOTS, num_slots, num_groups(HEAD_DIM, bits), dtype=torch.bfloat16),
         )
         quantize_keys(exact, keys, slice(0, NUM_PIVOTS), torch.arange(num_slots))
     chosen = torch.stack([torch.randperm(length)[:count] for _ in range(NUM_PIVOTS)])

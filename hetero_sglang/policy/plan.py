@@ -33,6 +33,8 @@ def refresh_target(
     Returns:
         Wanted positions, best first, int64 [budget].
     """
+    if len(best) == len(held):
+        return best
     is_best = np.zeros(len(scores), dtype=np.bool_)
     is_best[best] = True
     rest = held[~is_best[held]]

@@ -34,7 +34,8 @@ def protect(scores: Tensor, window: int) -> Tensor:
         return scores
     num_tokens = scores.shape[-1]
     recent = min(window, num_tokens)
-    scores[..., num_tokens - recent :] = 2.0 + torch.arange(1, recent + 1) / recent
+    order = torch.arange(1, recent + 1, device=scores.device)
+    scores[..., num_tokens - recent :] = 2.0 + order / recent
     sinks = min(NUM_SINKS, num_tokens)
-    scores[..., :sinks] = 4.0 + torch.arange(sinks, 0, -1).float()
+    scores[..., :sinks] = 4.0 + torch.arange(sinks, 0, -1, device=scores.device)
     return scores

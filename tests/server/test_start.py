@@ -124,6 +124,7 @@ def test_a_config_file_sets_the_same_flags(
     assert state["pivot_rows"] == "budget"
     assert state["watch_dtype"] == "int4"
     assert state["window"] == 16
+    assert state["is_filling"] is False
     method = Method.paper(0.7, has_budgeted_pivots=True, watched_bits=4)
     held = held_heads(reference.profile, method, reference.model.config.head_dim)
     assert state["floor"] == pytest.approx(held / 90)

@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import avg_pool1d
 
-from hetero_kernels.window_scores.reference import POOL_WIDTH
+from hetero_kernels.score_positions.reference import POOL_WIDTH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def window_scores_torch(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """One product for all queries of a head; see ``window_scores_reference``."""
+    """One product for all queries of a head; see ``window_scores_reference``.
+
+    Head by head, so that no more than W x G x N scores exist at a time.
+    """
     H, W, G, D = q.shape
     N = k.shape[1]
-    if H == 0 or N == 0:
-        return torch.zeros(H, N, device=q.device)
-    scores = torch.bmm(q.reshape(H, W * G, D).float(), k.float().transpose(1, 2)).mul_(scale)
-    scores = scores.view(H, W, G, N)
-    hidden = torch.ones(W, W, dtype=torch.bool, device=q.device).triu(1)
-    scores[..., N - W :].masked_fill_(hidden[None, :, None], -math.inf)
-    mean = torch.softmax(scores, dim=-1).flatten(1, 2).mean(dim=1)
+    mean = torch.empty(H, N, device=q.device)
+    hidden = torch.ones(W, W, dtype=torch.bool, device=q.device).triu(1)[:, None]
+    for h in range(H):
+        scores = (q[h].reshape(W * G, D).float() @ k[h].float().T).mul_(scale).view(W, G, N)
+        scores[..., N - W :].masked_fill_(hidden, -math.inf)
+        mean[h] = torch.softmax(scores, dim=-1).flatten(0, 1).mean(dim=0)
+    if H == 0:
+        return mean
     return avg_pool1d(mean, kernel_size=POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2)

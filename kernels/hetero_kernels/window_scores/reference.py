@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hetero_kernels.score_positions.reference import POOL_WIDTH
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-POOL_WIDTH = 5
 
 
 def window_scores_reference(q: Tensor, k: Tensor, scale: float) -> Tensor:
