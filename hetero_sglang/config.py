@@ -6,8 +6,10 @@ data. Every check is made here, with the flag's name in the message.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hetero_sglang.errors import ConfigError
@@ -41,6 +43,13 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     },
 }
 """Settings that belong together; a flag of its own overrides its part."""
+
+
+def profile_cache_dir() -> Path:
+    """Where profiles that servers made are kept, after the XDG base directories."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hetero-sglang" / "profiles"
+
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -82,7 +91,11 @@ class HeteroConfig:
     """Settings of the HeteroCache policy.
 
     Attributes:
-        profile: Path of a head profile, or "auto" for a shipped one.
+        profile: Path of a head profile, "auto" for a shipped one, or "calibrate" to make one of the
+            loaded model at start.
+        calibration_text: Text file or directory of such to calibrate on; "shipped": those that come
+            with the package.
+        calibration_tokens: Tokens of each text to calibrate on.
         ratio: Resident share of a prompt's KV bytes, (0, 1]; 1 is full attention.
         drift_threshold: A pivot drifts when its median overlap falls below this, [0, 1].
         drift_interval: Decode steps between two drift checks, at least 1.
@@ -107,6 +120,8 @@ class HeteroConfig:
     """
 
     profile: str = "auto"
+    calibration_text: str = "shipped"
+    calibration_tokens: int = 5000
     ratio: float = 0.5
     drift_threshold: float = 0.5
     drift_interval: int = 5
@@ -132,6 +147,18 @@ class HeteroConfig:
             ConfigError: Naming flag, value and rule.
         """
         rules = [
+            (
+                "--kv-policy-calibration-text",
+                self.calibration_text,
+                self.calibration_text == "shipped" or self.is_calibrating,
+                "left out without --kv-policy-profile calibrate",
+            ),
+            (
+                "--kv-policy-calibration-tokens",
+                self.calibration_tokens,
+                self.calibration_tokens == HeteroConfig.calibration_tokens or self.is_calibrating,
+                "left out without --kv-policy-profile calibrate",
+            ),
             ("--kv-policy-ratio", self.ratio, 0.0 < self.ratio <= 1.0, "a share in (0, 1]"),
             (
                 "--kv-policy-drift-threshold",
@@ -195,6 +222,11 @@ class HeteroConfig:
         for flag, value, holds, rule in rules:
             if not holds:
                 raise ConfigError(f"{flag} must be {rule}, got {value!r}")
+
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether the profile is made of the loaded model."""
+        return self.profile == "calibrate"
 
     @property
     def is_watching(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import machine, results
-from tests.simulation.method import Profile
+from hetero_sglang.simulation.method import Profile
 from tests.simulation.texts import prompt_ids
 
 if TYPE_CHECKING:

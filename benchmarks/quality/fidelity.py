@@ -2,9 +2,9 @@
 
 Teacher-forced: after each prompt the text's own next tokens are fed, and at every one the
 distribution is compared with that of full attention (KL divergence, nats). Methods are simulated
-by masks on the Transformers model (tests/simulation), rows that are fetched count from the next
-step on. All methods hold the same bytes of the prompt: a watched key is paid for at its share of a
-row in the given dtype.
+by masks on the Transformers model (hetero_sglang/simulation), rows that are fetched count from the
+next step on. All methods hold the same bytes of the prompt: a watched key is paid for at its share
+of a row in the given dtype.
 
     python -m benchmarks.quality.fidelity
     python -m benchmarks.quality.fidelity --ratios 0.3 --methods "default;SnapKV"
@@ -16,21 +16,20 @@ import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.common import results
 from benchmarks.quality._study import excerpts, load_subject, new_report, study_parser
-from tests.simulation.engine import Simulation, prefill
-from tests.simulation.method import Method, Profile, held_heads
+from hetero_sglang.simulation.engine import Simulation, prefill
+from hetero_sglang.simulation.fidelity import compare_distributions, distributions
+from hetero_sglang.simulation.method import Method, Profile, held_heads
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-    from tests.simulation.engine import Prefill
 
 METHODS: dict[str, tuple[Callable[..., Method], dict[str, Any], bool]] = {
     # Name: method, its settings, whether the shipped profile's roles are used.
@@ -74,8 +73,7 @@ def main() -> int:
                         continue
                     simulation = Simulation(subject.model, profile, method)
                     ours = distributions(simulation, prompt, text.following)
-                    # The first token comes from full attention in every method.
-                    value = (full.exp() * (full - ours)).sum(-1)[1:].mean().item()
+                    value = compare_distributions(full, ours).kl
                     kl.setdefault((ratio, name), []).append(value)
                     progress.console.print(f"{text.name:<11} {ratio} {name:<24} {value:.5f}")
     for (ratio, name), values in kl.items():
@@ -92,12 +90,6 @@ def fits(profile: Profile, method: Method, head_dim: int) -> bool:
     """Whether the ratio is above the method's floor."""
     num_heads = profile.num_layers * profile.num_heads
     return method.ratio * num_heads > held_heads(profile, method, head_dim)
-
-
-def distributions(simulation: Simulation, prompt: Prefill, following: list[int]) -> torch.Tensor:
-    """Log-probabilities of all tokens at every step, [steps, vocab]."""
-    trace = simulation.follow(prompt, following, with_distributions=True)
-    return torch.stack(trace.distributions)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from benchmarks.common import results
 from benchmarks.quality._study import load_subject, new_report, study_parser
+from hetero_sglang.simulation.engine import Simulation, prefill
+from hetero_sglang.simulation.method import Method, Profile
 from tests.simulation import texts
-from tests.simulation.engine import Simulation, prefill
-from tests.simulation.method import Method, Profile
 
 if TYPE_CHECKING:
     import argparse

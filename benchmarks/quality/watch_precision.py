@@ -22,8 +22,8 @@ from rich.table import Table
 
 from benchmarks.common import results
 from benchmarks.quality._study import excerpts, load_subject, new_report, study_parser
-from tests.simulation.engine import Simulation, prefill
-from tests.simulation.method import (
+from hetero_sglang.simulation.engine import Simulation, prefill
+from hetero_sglang.simulation.method import (
     Method,
     best_first,
     median,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tests.simulation.engine import Look
+    from hetero_sglang.simulation.engine import Look
 
 FORMATS = {
     # Name: bits, elements of a scale (0: the whole key).

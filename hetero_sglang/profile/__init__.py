@@ -17,6 +17,7 @@ from hetero_sglang.profile.head_profile import (
 from hetero_sglang.profile.json_format import load_profile, save_profile
 from hetero_sglang.profile.model_shape import ModelShape, fingerprint
 from hetero_sglang.profile.roles import HeadRole
+from hetero_sglang.profile.sharding import floor_by_rank, shard_profile
 from hetero_sglang.profile.shipped import find_shipped, shipped_profiles
 
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
     "Thresholds",
     "find_shipped",
     "fingerprint",
+    "floor_by_rank",
     "load_profile",
     "save_profile",
+    "shard_profile",
     "shipped_profiles",
 ]

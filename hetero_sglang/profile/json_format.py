@@ -113,7 +113,7 @@ def loads_profile(data: bytes, *, origin: str) -> HeadProfile:
             remedy="Make one with `hetero-sglang profile --model DIR --out FILE`",
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{origin} is no JSON (cut short?): {error}") from error
+        raise ProfileError(f"{origin} is no JSON (cut short, or NaN in it?): {error}") from error
     for name, given, actual in (
         ("digest", file.digest, profile.digest),
         ("fingerprint", file.fingerprint, profile.fingerprint),

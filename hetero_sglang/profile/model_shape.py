@@ -12,6 +12,20 @@ from hetero_sglang.errors import ProfileError
 
 __all__ = ["ModelShape", "fingerprint"]
 
+# What a configuration without `num_key_value_heads` means is each model type's own affair. Checked
+# against Transformers 5.19; types beyond these have to say the number.
+# Every query head has a KV head of its own, whether the field is missing or null.
+_MHA_IF_ABSENT = frozenset(
+    {
+        *("apertus", "arcee", "cohere", "cohere2", "granite", "granitemoe", "hunyuan_v1_dense"),
+        *("llama", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3"),
+        # Without the field at all: their attention knows nothing else.
+        *("gpt_neox", "opt", "persimmon"),
+    }
+)
+# The same if it is null; if it is missing, Transformers fills in the head count of one checkpoint.
+_MHA_IF_NULL = frozenset({"ernie4_5", "minicpm3", "qwen2", "qwen3", "seed_oss", "smollm3"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -96,7 +110,8 @@ class ModelShape:
             The shape, with `head_dim` and `num_kv_heads` filled in the way Transformers does.
 
         Raises:
-            ProfileError: A field is missing or no number, or the model uses multi-head latent
+            ProfileError: A field is missing or no number, the number of KV heads is not given and
+                does not follow from the model's type, or the model uses multi-head latent
                 attention, which has no KV heads to give roles to.
         """
         text = config.get("text_config")
@@ -110,14 +125,13 @@ class ModelShape:
             )
         num_q_heads = _positive(inner, "num_attention_heads")
         hidden_size = _positive(inner, "hidden_size")
-        has_kv_heads = inner.get("num_key_value_heads") is not None
         has_head_dim = inner.get("head_dim") is not None
         # `architectures` is a list in a configuration of either level, or None in a bare text one.
         architectures = config.get("architectures") or inner.get("architectures") or [""]
         return cls(
             num_layers=_positive(inner, "num_hidden_layers"),
             num_q_heads=num_q_heads,
-            num_kv_heads=_positive(inner, "num_key_value_heads") if has_kv_heads else num_q_heads,
+            num_kv_heads=_num_kv_heads(inner, num_q_heads),
             architecture=str(architectures[0]),
             head_dim=_positive(inner, "head_dim") if has_head_dim else hidden_size // num_q_heads,
             hidden_size=hidden_size,
@@ -138,6 +152,22 @@ def fingerprint(config: Mapping[str, Any]) -> str:
         ProfileError: As `ModelShape.from_config`.
     """
     return ModelShape.from_config(config).fingerprint
+
+
+def _num_kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
+    name = "num_key_value_heads"
+    if config.get(name) is not None:
+        return _positive(config, name)
+    model_type = str(config.get("model_type", ""))
+    if model_type in _MHA_IF_ABSENT or (name in config and model_type in _MHA_IF_NULL):
+        return num_q_heads
+    raise ProfileError(
+        f"must be given, since model type {model_type!r} does not settle it",
+        field=f"config.{name}",
+        value="nothing",
+        remedy=f'Add "{name}" to the model\'s config.json: {num_q_heads} if each query head has a '
+        "KV head of its own (MHA), 1 if all share one (MQA), else the number of groups (GQA)",
+    )
 
 
 def _positive(config: Mapping[str, Any], name: str) -> int:

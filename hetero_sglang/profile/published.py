@@ -83,7 +83,7 @@ def _decode(data: bytes) -> _Published:
             remedy="A profile of hetero-sglang's own needs no import",
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"is no JSON (cut short?): {error}") from error
+        raise ProfileError(f"is no JSON (cut short, or NaN in it?): {error}") from error
 
 
 def _convert(file: _Published, model: ModelShape, origin: str, name: str) -> HeadProfile:

@@ -1,52 +1,73 @@
-"""The calibration run: a Transformers model reads, decodes, and its heads are watched.
-
-Attention probabilities exist only for the queries that count: the prompt's last one and those of
-decoded tokens. The prompt itself goes through SDPA, so memory stays that of ordinary generation.
-"""
+"""The calibration run: prompts go through a model, its heads are watched, roles come out."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from statistics import mean
+from typing import TYPE_CHECKING
 
 import hetero_sglang
 from hetero_sglang.errors import ConfigError
-from hetero_sglang.profile import HeadProfile, ModelShape, Provenance, Thresholds
+from hetero_sglang.profile import HeadProfile, Provenance, Thresholds
+from hetero_sglang.profile.compare import kappa, rank_correlation
+from hetero_sglang.profiler.checkpoint import Checkpoint
 from hetero_sglang.profiler.classify import assign_roles
-from hetero_sglang.profiler.observation import POOL_KERNEL, HeadObserver, group_mean
+from hetero_sglang.profiler.observation import (
+    POOL_KERNEL,
+    HeadObserver,
+    PromptObservation,
+    pooled_similarity,
+    pooled_stability,
+)
 from hetero_sglang.profiler.texts import CalibrationText, calibration_texts
+from hetero_sglang.profiler.watching import DEVICES, DTYPES, Watchable, WatchedModel
 from hetero_sglang.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-__all__ = ["Calibration", "profile_model"]
+    import torch
 
-_ATTENTION_NAME = "hetero_calibration"
+    from hetero_sglang.profile import ModelShape
+
+__all__ = [
+    "Agreement",
+    "Calibration",
+    "Observations",
+    "Prompt",
+    "calibration_prompts",
+    "observe",
+    "profile_model",
+]
+
+_TOKENS_OF_A_STEP = 50
+"""Prompt tokens that take about as long as one decoded token; only the progress bar's share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Settings of a calibration run; the defaults are the paper's."""
 
-    num_prompt_tokens: int = 5000
-    """Tokens of each prompt, above `top_k`."""
+    prompt_lengths: tuple[int, ...] = (5000,)
+    """Tokens of the prompts, each above `top_k`; every text is read at every length."""
     num_decode_steps: int = 100
-    """Greedily decoded tokens whose queries are watched, at least 1."""
+    """Greedily decoded tokens whose queries are watched after each prompt, at least 1."""
     top_k: int = 1024
     """Size of the compared sets of positions, at least 1."""
     thresholds: Thresholds = field(default_factory=lambda: Thresholds(stable=0.5, similarity=0.5))
     """Where the lines between the roles are drawn."""
-    dtype: str = "float32"
-    """Dtype of weights and activations: float32, bfloat16 or float16."""
+    dtype: str = "auto"
+    """Dtype of weights and activations: float32, bfloat16, float16, or auto, which is float32 on a
+    CPU and what the weights are stored in on a GPU."""
+    device: str = "auto"
+    """Where the model runs: cpu, cuda, or auto, which is a GPU where there is one."""
     name: str = ""
-    """The model's name in the profile; by default that of its directory."""
+    """The model's name in the profile; by default its own."""
 
     def __post_init__(self) -> None:
         """Checks what the field descriptions say.
@@ -57,13 +78,119 @@ class Calibration:
         for name in ("num_decode_steps", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_prompt_tokens <= self.top_k:
-            raise ConfigError(
-                f"num_prompt_tokens must be above top_k ({self.top_k}), "
-                f"got {self.num_prompt_tokens}; take a smaller top_k or a longer prompt"
-            )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if not self.prompt_lengths:
+            raise ConfigError("prompt_lengths must name at least one length, got none")
+        for length in self.prompt_lengths:
+            if length <= self.top_k:
+                raise ConfigError(
+                    f"prompt_lengths must be above top_k ({self.top_k}), "
+                    f"got {length}; take a smaller top_k or a longer prompt"
+                )
+        for name, known in (("dtype", DTYPES), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A calibration text's first tokens.
+
+    Attributes:
+        name: The text's name, and where several lengths are taken the length.
+        token_ids: int64 [num_tokens].
+    """
+
+    name: str
+    token_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far each prompt alone tells the same as the others; means and minima over pairs.
+
+    Attributes:
+        kappa: Mean of Cohen's kappa of the roles.
+        least_kappa: The least of them.
+        least_pair: The two prompts it is of.
+        rank_correlation: Mean of Spearman's correlation of the stability.
+    """
+
+    kappa: float
+    least_kappa: float
+    least_pair: tuple[str, str]
+    rank_correlation: float
+
+
+@dataclass(frozen=True)
+class Observations:
+    """All prompts of a run; profiles with any thresholds can be made of them.
+
+    Attributes:
+        name: The model's name.
+        shape: Layers and heads of the model.
+        prompts: What each prompt showed, at least one.
+        calibration: Settings of the run.
+        dtype: Dtype the model ran in.
+        text_digest: SHA-256 over the prompts' token ids.
+    """
+
+    name: str
+    shape: ModelShape
+    prompts: tuple[PromptObservation, ...]
+    calibration: Calibration
+    dtype: str
+    text_digest: str
+
+    def profile(
+        self, *, prompts: Sequence[PromptObservation] = (), thresholds: Thresholds | None = None
+    ) -> HeadProfile:
+        """Sorts the heads into roles.
+
+        Args:
+            prompts: Some of this run's prompts; by default all.
+            thresholds: Where the lines are drawn; by default those of the run's settings.
+
+        Returns:
+            The profile, with the run's provenance.
+        """
+        taken = tuple(prompts) or self.prompts
+        settings = self.calibration
+        return assign_roles(
+            pooled_stability(taken),
+            pooled_similarity(taken),
+            model=self.shape,
+            thresholds=thresholds or settings.thresholds,
+            provenance=Provenance(
+                model=self.name,
+                tool=f"hetero-sglang {hetero_sglang.__version__}",
+                texts=tuple(prompt.name for prompt in taken),
+                text_digest=self.text_digest,
+                dtype=self.dtype,
+                num_prompt_tokens=max(settings.prompt_lengths),
+                num_decode_steps=settings.num_decode_steps,
+                top_k=settings.top_k,
+                pool_kernel=POOL_KERNEL,
+            ),
+        )
+
+    def agreement(self) -> Agreement | None:
+        """How far the prompts agree; None if there is only one."""
+        alone = [self.profile(prompts=[prompt]) for prompt in self.prompts]
+        pairs = list(itertools.combinations(range(len(alone)), 2))
+        if not pairs:
+            return None
+        kappas = [kappa(alone[a], alone[b]) for a, b in pairs]
+        stability = [pooled_stability([prompt]) for prompt in self.prompts]
+        least = min(range(len(pairs)), key=kappas.__getitem__)
+        first, second = pairs[least]
+        return Agreement(
+            mean(kappas),
+            kappas[least],
+            (self.prompts[first].name, self.prompts[second].name),
+            mean(rank_correlation(stability[a], stability[b]) for a, b in pairs),
+        )
 
 
 def profile_model(
@@ -73,15 +200,15 @@ def profile_model(
     texts: Sequence[CalibrationText] = (),
     progress: Progress = no_progress,
 ) -> HeadProfile:
-    """Profiles the heads of a Transformers model.
+    """Profiles the heads of a Transformers model: `observe`, then `Observations.profile`.
 
     The run has no random element: prompts are the texts' first tokens and decoding is greedy.
 
     Args:
         model_dir: Transformers directory of a decoder-only model.
         calibration: Settings.
-        texts: Calibration texts, a prompt each; by default the shipped ones.
-        progress: Told about the work done; a prompt counts as much as a decoded token.
+        texts: Calibration texts; by default the shipped ones.
+        progress: Told about the work done.
 
     Returns:
         The profile, with the run's provenance.
@@ -90,156 +217,97 @@ def profile_model(
         ConfigError: The directory holds no model that can be run, or a text is too short.
         ProfileError: The model has no KV heads to give roles to.
     """
-    folder = Path(model_dir)
-    shape = ModelShape.from_config(_read_config(folder))
-    prompts = _Prompts.tokenize(folder, texts or calibration_texts(), calibration)
-    steps_each = calibration.num_decode_steps
-    total = len(prompts.token_ids) * (steps_each + 1)
+    model = WatchedModel(model_dir, dtype=calibration.dtype, device=calibration.device)
+    prompts = calibration_prompts(model, texts or calibration_texts(), calibration.prompt_lengths)
+    return observe(model, prompts, calibration, progress=progress).profile()
 
+
+def calibration_prompts(
+    model: Watchable, texts: Sequence[CalibrationText], lengths: Sequence[int]
+) -> tuple[Prompt, ...]:
+    """Each text's first tokens, at every length.
+
+    Args:
+        model: Whose tokenizer counts.
+        texts: Texts.
+        lengths: Numbers of tokens.
+
+    Raises:
+        ConfigError: A text is too short.
+    """
+    prompts = []
+    for text in texts:
+        token_ids = model.tokenize(text.text)
+        for length in lengths:
+            if len(token_ids) < length:
+                raise ConfigError(
+                    f"text {text.name} has {len(token_ids)} tokens for this model, needed are "
+                    f"{length}; give a longer text or fewer tokens"
+                )
+            name = text.name if len(lengths) == 1 else f"{text.name} ({length} tokens)"
+            prompts.append(Prompt(name, token_ids[:length]))
+    return tuple(prompts)
+
+
+def observe(
+    model: Watchable,
+    prompts: Sequence[Prompt],
+    calibration: Calibration,
+    *,
+    progress: Progress = no_progress,
+    checkpoint: Path | None = None,
+) -> Observations:
+    """Watches a model's heads over all prompts.
+
+    Args:
+        model: The model.
+        prompts: At least one.
+        calibration: Settings.
+        progress: Told about the work done, in units of about a decoded token.
+        checkpoint: File that keeps finished prompts, so that a run that was cut off goes on where
+            it was; made, read and left to the caller to remove.
+
+    Raises:
+        ConfigError: The checkpoint is of a run with another model, other prompts or settings.
+    """
+    num_steps = calibration.num_decode_steps
+    costs = [len(prompt.token_ids) // _TOKENS_OF_A_STEP + num_steps for prompt in prompts]
+    total, done = sum(costs), 0
     progress("loading the model", 0, total)
-    model = _load(folder, calibration)
-    observer = HeadObserver(calibration.top_k)
-    watch = _AttentionWatch.install(model, shape)
-    with torch.inference_mode():
-        for index, (name, token_ids) in enumerate(prompts.items()):
-            progress(f"{name}: prompt", index * (steps_each + 1), total)
-            output = model(token_ids, use_cache=True, logits_to_keep=1)
-            observer.begin_prompt(watch.take(len(token_ids[0])))
-            for step in range(steps_each):
-                progress(f"{name}: decoding", index * (steps_each + 1) + step + 1, total)
-                newest = output.logits[:, -1:].argmax(dim=-1)
-                output = model(newest, past_key_values=output.past_key_values, use_cache=True)
-                observer.add_step(watch.take(len(token_ids[0])))
+    digest = _digest_of(prompts)
+    finished: dict[str, PromptObservation] = {}
+    if checkpoint is not None:
+        key = json.dumps(
+            [model.digest(), model.dtype, digest, num_steps, calibration.top_k, POOL_KERNEL]
+        )
+        saved = Checkpoint(checkpoint, hashlib.sha256(key.encode()).hexdigest())
+        finished = saved.load()
+    for prompt, cost in zip(prompts, costs, strict=True):
+        if prompt.name not in finished:
+            progress(f"{prompt.name}: prompt", done, total)
+            observer = HeadObserver(calibration.top_k)
+            attention = model.attention(prompt.token_ids, num_steps)
+            observer.begin_prompt(next(attention))
+            for left, step in zip(range(num_steps, 0, -1), attention, strict=True):
+                progress(f"{prompt.name}: decoding", done + cost - left, total)
+                observer.add_step(step)
+            finished[prompt.name] = observer.result(prompt.name)
+            if checkpoint is not None:
+                saved.store(finished)
+        done += cost
     progress("done", total, total)
-
-    return assign_roles(
-        observer.stability,
-        observer.similarity,
-        model=shape,
-        thresholds=calibration.thresholds,
-        provenance=Provenance(
-            model=calibration.name or folder.resolve().name,
-            tool=f"hetero-sglang {hetero_sglang.__version__}",
-            texts=tuple(prompts.names),
-            text_digest=prompts.digest,
-            dtype=calibration.dtype,
-            num_prompt_tokens=calibration.num_prompt_tokens,
-            num_decode_steps=steps_each,
-            top_k=calibration.top_k,
-            pool_kernel=POOL_KERNEL,
-        ),
+    return Observations(
+        name=calibration.name or model.name,
+        shape=model.shape,
+        prompts=tuple(finished[prompt.name] for prompt in prompts),
+        calibration=calibration,
+        dtype=model.dtype,
+        text_digest=digest,
     )
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    names: tuple[str, ...]
-    # each int64 [1, num_prompt_tokens]
-    token_ids: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def tokenize(
-        cls, folder: Path, texts: Sequence[CalibrationText], calibration: Calibration
-    ) -> _Prompts:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        num_tokens = calibration.num_prompt_tokens
-        prompts = []
-        for text in texts:
-            token_ids = tokenizer(text.text, return_tensors="pt", verbose=False).input_ids
-            if token_ids.shape[1] < num_tokens:
-                raise ConfigError(
-                    f"text {text.name} has {token_ids.shape[1]} tokens for this model, needed are "
-                    f"{num_tokens}; give a longer text or fewer tokens"
-                )
-            prompts.append(token_ids[:, :num_tokens])
-        return cls(tuple(text.name for text in texts), tuple(prompts))
-
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(self.names, self.token_ids, strict=True)
-
-    @property
-    def digest(self) -> str:
-        digest = hashlib.sha256()
-        for token_ids in self.token_ids:
-            digest.update(token_ids.numpy().tobytes())
-        return digest.hexdigest()
-
-
-class _AttentionWatch:
-    """Keeps the newest query's attention of every layer, averaged over query groups."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        self._shape = shape
-        self._layers: dict[int, torch.Tensor] = {}
-
-    @classmethod
-    def install(cls, model: Any, shape: ModelShape) -> _AttentionWatch:
-        """Makes a model's attention go through a new watch, by Transformers' own registry."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        watch = cls(shape)
-        AttentionInterface.register(_ATTENTION_NAME, watch.attend)
-        AttentionMaskInterface.register(_ATTENTION_NAME, sdpa_mask)
-        model.set_attn_implementation(_ATTENTION_NAME)
-        return watch
-
-    def attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        """Attention by SDPA, with a note of where the newest query looks.
-
-        Shapes: query [1, num_q_heads, num_new, head_dim], key and value
-        [1, num_kv_heads, num_tokens, head_dim].
-        """
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        num_kv_heads = self._shape.num_kv_heads
-        groups = query[0, :, -1].float().reshape(num_kv_heads, -1, query.shape[-1])  # [H, G, D]
-        scores = groups @ key[0].float().transpose(-1, -2) * scale  # [H, G, T]
-        probabilities = scores.softmax(dim=-1).flatten(0, 1)
-        self._layers[module.layer_idx] = group_mean(probabilities, num_kv_heads)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    def take(self, num_positions: int) -> torch.Tensor:
-        """Attention over the first positions, fp32 [num_layers, num_kv_heads, num_positions]."""
-        if sorted(self._layers) != list(range(self._shape.num_layers)):
-            raise ConfigError(
-                f"the model ran attention in layers {sorted(self._layers)}, expected all of "
-                f"{self._shape.num_layers}; its architecture is not supported by the profiler"
-            )
-        layers = [self._layers[layer] for layer in range(self._shape.num_layers)]
-        self._layers.clear()
-        return torch.stack(layers)[..., :num_positions]
-
-
-def _load(folder: Path, calibration: Calibration) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, calibration.dtype),
-        attn_implementation="sdpa",
-        local_files_only=True,
-    ).eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is no Transformers model directory: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.json'} must hold a JSON object")
-    return config
+def _digest_of(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.token_ids.numpy().tobytes())
+    return digest.hexdigest()

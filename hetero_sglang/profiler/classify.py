@@ -14,15 +14,20 @@ from hetero_sglang.profile import (
     Provenance,
     Thresholds,
 )
-from hetero_sglang.profiler.observation import POOL_KERNEL, HeadObserver, group_mean
+from hetero_sglang.profile.clusters import greedy_stars, inverse_stability
+from hetero_sglang.profiler.observation import (
+    POOL_KERNEL,
+    HeadObserver,
+    group_mean,
+    pooled_similarity,
+    pooled_stability,
+)
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 __all__ = ["assign_roles", "classify_heads"]
-
-_STABILITY_EPSILON = 1e-6
 
 
 def classify_heads(
@@ -51,7 +56,8 @@ def classify_heads(
         The profile; its model shape has only the numbers that the arguments tell.
 
     Raises:
-        ValueError: Shapes do not fit together, a value is not finite, or `top_k` is out of range.
+        ValueError: Shapes do not fit together, a value is negative or not finite, or `top_k` is
+            out of range.
         ProfileError: A threshold is not in [0, 1].
 
     Source: HeteroCache (arXiv 2601.13684) section 3.1 and upstream's tools/get_cluster.py.
@@ -66,9 +72,10 @@ def classify_heads(
     observer.begin_prompt(group_mean(prefill, num_kv_heads))
     for step in decode:
         observer.add_step(group_mean(step, num_kv_heads))
+    observed = [observer.result()]
     return assign_roles(
-        observer.stability,
-        observer.similarity,
+        pooled_stability(observed),
+        pooled_similarity(observed),
         model=ModelShape(num_layers=num_layers, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads),
         thresholds=Thresholds(stable=stable_threshold, similarity=similarity_threshold),
         provenance=Provenance(
@@ -110,13 +117,13 @@ def assign_roles(
     roles = np.where(stability >= thresholds.stable, HeadRole.ANCHOR, HeadRole.VOLATILE)
     satellites_of: dict[Head, tuple[int, ...]] = {}
     for layer, values in enumerate(similarity):
-        for pivot, satellites in _greedy_stars(values >= thresholds.similarity):
+        for pivot, satellites in greedy_stars(values >= thresholds.similarity):
             roles[layer, pivot] = HeadRole.PIVOT
             roles[layer, list(satellites)] = HeadRole.SATELLITE
             satellites_of[layer, pivot] = satellites
     is_compressed = (roles == HeadRole.ANCHOR) | (roles == HeadRole.SATELLITE)
     allocation = np.zeros_like(stability)
-    weights = 1.0 / (stability[is_compressed] + _STABILITY_EPSILON)
+    weights = inverse_stability(stability[is_compressed])
     if weights.size:
         allocation[is_compressed] = weights / weights.mean()
     return HeadProfile(
@@ -129,27 +136,6 @@ def assign_roles(
         similarity=similarity,
         provenance=provenance,
     )
-
-
-def _greedy_stars(is_similar: NDArray[np.bool_]) -> list[tuple[int, tuple[int, ...]]]:
-    """Clusters of one layer's heads: pivot and satellites, in the order they were found.
-
-    Again and again the unassigned head with most unassigned neighbours becomes a pivot and those
-    neighbours its satellites; of equals the lowest index. It ends when no two unassigned heads are
-    neighbours.
-    """
-    edges = is_similar.copy()
-    np.fill_diagonal(edges, val=False)
-    stars: list[tuple[int, tuple[int, ...]]] = []
-    while edges.any():
-        # argmax returns the first of equal maxima.
-        pivot = int(edges.sum(axis=1).argmax())
-        satellites = np.flatnonzero(edges[pivot])
-        stars.append((pivot, tuple(satellites.tolist())))
-        assigned = [pivot, *satellites]
-        edges[assigned, :] = False
-        edges[:, assigned] = False
-    return stars
 
 
 def _check_attention(prefill: torch.Tensor, decode: torch.Tensor) -> tuple[int, int]:
@@ -166,4 +152,6 @@ def _check_attention(prefill: torch.Tensor, decode: torch.Tensor) -> tuple[int, 
     for name, values in (("prefill", prefill), ("decode", decode)):
         if not values.isfinite().all():
             raise ValueError(f"{name} must be finite, found NaN or infinity")
+        if (values < 0).any():
+            raise ValueError(f"{name} must not be negative, found {values.min().item():g}")
     return prefill.shape[0], prefill.shape[1]

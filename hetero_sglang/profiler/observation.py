@@ -1,24 +1,97 @@
 """What is measured of a model's heads: where they look, and for how long they keep looking there.
 
 Source: HeteroCache (arXiv 2601.13684) section 3.1. Deliberate difference: several prompts may be
-observed. Stability is then the median over the decode steps of all prompts, similarity the mean
-over prompts; with one prompt both are the paper's.
+observed, of different texts and lengths. They are *pooled* for stability (the median over the
+decode steps of all prompts, so each step counts alike) and *averaged* for similarity (the mean over
+prompts). With one prompt both are the paper's.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["POOL_KERNEL", "HeadObserver", "group_mean", "overlap", "top_mask"]
+__all__ = [
+    "POOL_KERNEL",
+    "HeadObserver",
+    "PromptObservation",
+    "group_mean",
+    "newest_attention",
+    "overlap",
+    "pooled_similarity",
+    "pooled_stability",
+    "top_mask",
+]
 
 POOL_KERNEL = 5
+
+
+@dataclass(frozen=True)
+class PromptObservation:
+    """What one prompt and the tokens decoded after it showed of every head.
+
+    Attributes:
+        name: Of the prompt: its text's, and where several lengths were taken its length.
+        overlaps: Overlap of each decoded token's set of best positions with the set of the prompt's
+            last token, fp64 [num_steps, num_layers, num_kv_heads].
+        similarity: Overlap of the sets of two heads of a layer at the prompt's last token, fp64
+            [num_layers, num_kv_heads, num_kv_heads], symmetric with ones on the diagonal.
+    """
+
+    name: str
+    overlaps: NDArray[np.float64] = field(repr=False)
+    similarity: NDArray[np.float64] = field(repr=False)
+
+
+def pooled_stability(prompts: Sequence[PromptObservation]) -> NDArray[np.float64]:
+    """Median of the overlaps over all decode steps of all prompts.
+
+    Args:
+        prompts: At least one.
+
+    Returns:
+        fp64 [num_layers, num_kv_heads]; for an even number of steps the mean of the middle two.
+    """
+    overlaps = np.concatenate([prompt.overlaps for prompt in prompts])
+    return np.asarray(np.median(overlaps, axis=0))
+
+
+def pooled_similarity(prompts: Sequence[PromptObservation]) -> NDArray[np.float64]:
+    """Mean of the similarities over prompts.
+
+    Args:
+        prompts: At least one.
+
+    Returns:
+        fp64 [num_layers, num_kv_heads, num_kv_heads].
+    """
+    return np.asarray(np.mean([prompt.similarity for prompt in prompts], axis=0))
+
+
+def newest_attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Where the newest query of one layer looks, averaged over the query heads of each KV head.
+
+    Args:
+        query: [num_q_heads, head_dim]; query head j belongs to KV head j // group_size.
+        keys: Keys of all tokens so far, [num_kv_heads, num_tokens, head_dim].
+        scale: Factor on the dot products.
+
+    Returns:
+        Probabilities, fp32 [num_kv_heads, num_tokens].
+    """
+    num_kv_heads, _, head_dim = keys.shape
+    groups = query.float().reshape(num_kv_heads, -1, head_dim)  # [H, G, D]
+    scores = groups @ keys.float().transpose(-1, -2) * scale  # [H, G, T]
+    return scores.softmax(dim=-1).mean(dim=1)
 
 
 def group_mean(probabilities: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -79,10 +152,10 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class HeadObserver:
-    """Collects stability and similarity, one step of attention at a time.
+    """Observes one prompt, one query's attention at a time.
 
-    For each prompt: `begin_prompt` with the last prompt token's attention, then `add_step` for each
-    decoded token. Only masks and one number per head and step are kept.
+    `begin_prompt` with the last prompt token's attention, then `add_step` for each decoded token.
+    Only masks and one number per head and step are kept.
     """
 
     def __init__(self, top_k: int) -> None:
@@ -93,8 +166,8 @@ class HeadObserver:
         """
         self._top_k = top_k
         self._reference: torch.Tensor | None = None
+        self._similarity: NDArray[np.float64] | None = None
         self._overlaps: list[NDArray[np.float64]] = []
-        self._similarities: list[NDArray[np.float64]] = []
 
     def begin_prompt(self, probabilities: torch.Tensor) -> None:
         """Takes the attention of a prompt's last token over the prompt.
@@ -114,7 +187,8 @@ class HeadObserver:
         self._reference = top_mask(probabilities, self._top_k)
         members = self._reference.double()
         similarity = members @ members.transpose(-1, -2) / self._top_k
-        self._similarities.append(similarity.cpu().numpy())
+        self._similarity = similarity.cpu().numpy()
+        self._overlaps.clear()
 
     def add_step(self, probabilities: torch.Tensor) -> None:
         """Takes the attention of a decoded token over the prompt's positions.
@@ -126,20 +200,12 @@ class HeadObserver:
         current = top_mask(probabilities, self._top_k)
         self._overlaps.append(overlap(self._reference, current).cpu().numpy())
 
-    @property
-    def stability(self) -> NDArray[np.float64]:
-        """Median over all decode steps of the overlap with the prompt's own set.
+    def result(self, name: str = "") -> PromptObservation:
+        """What was observed since `begin_prompt`.
 
-        Returns:
-            [num_layers, num_kv_heads]; for an even number of steps the mean of the middle two.
+        Args:
+            name: The prompt's name.
         """
-        return np.asarray(np.median(np.stack(self._overlaps), axis=0))
-
-    @property
-    def similarity(self) -> NDArray[np.float64]:
-        """Overlap of the heads of one layer at the end of the prompt, mean over prompts.
-
-        Returns:
-            [num_layers, num_kv_heads, num_kv_heads], symmetric with ones on the diagonal.
-        """
-        return np.asarray(np.mean(np.stack(self._similarities), axis=0))
+        assert self._similarity is not None, "begin_prompt comes first"
+        assert self._overlaps, "no step was added"
+        return PromptObservation(name, np.stack(self._overlaps), self._similarity)

@@ -57,9 +57,24 @@ def add_cli_args(original: Any, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-policy-profile",
         default=_DEFAULTS.profile,
-        metavar="PATH|auto",
+        metavar="PATH|auto|calibrate",
         help="Head profile (hetero-sglang profile makes one). 'auto' takes a shipped profile that "
-        "fits the model's architecture.",
+        "fits the model's architecture. 'calibrate' makes one of the loaded model at start and "
+        "keeps it in a cache, by weights, text and settings.",
+    )
+    group.add_argument(
+        "--kv-policy-calibration-text",
+        default=_DEFAULTS.calibration_text,
+        metavar="FILE|DIR|shipped",
+        help="With --kv-policy-profile calibrate: text, or directory of .txt files, to calibrate "
+        "on; take what the server will see. 'shipped' is prose, dialogue and code.",
+    )
+    group.add_argument(
+        "--kv-policy-calibration-tokens",
+        type=int,
+        default=_DEFAULTS.calibration_tokens,
+        metavar="TOKENS",
+        help="With --kv-policy-profile calibrate: first tokens of each text that are read.",
     )
     group.add_argument(
         "--kv-policy-ratio",
@@ -163,6 +178,8 @@ def config_from_namespace(args: argparse.Namespace) -> HeteroConfig | None:
         return None
     return HeteroConfig(
         profile=args.kv_policy_profile,
+        calibration_text=args.kv_policy_calibration_text,
+        calibration_tokens=args.kv_policy_calibration_tokens,
         ratio=args.kv_policy_ratio,
         drift_threshold=args.kv_policy_drift_threshold,
         drift_interval=args.kv_policy_drift_interval,

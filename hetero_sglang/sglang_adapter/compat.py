@@ -77,6 +77,14 @@ SCHEDULER_TARGETS: tuple[str, ...] = (
     _BACKEND + "forward_extend",
     _BACKEND + "forward_decode",
     _BACKEND + "support_triton",
+    _BACKEND + "forward",
+    _SRT + "layers.radix_attention.RadixAttention.forward",
+    _SRT + "model_executor.forward_batch_info.ForwardBatch",
+    _SRT + "model_executor.forward_context.ForwardContext",
+    _SRT + "model_executor.forward_context.forward_context",
+    _SRT + "runtime_context.get_model",
+    _SRT + "runtime_context.get_serving",
+    _SRT + "utils.hf_transformers_utils.get_tokenizer",
 )
 """Needed in the scheduler process as well."""
 

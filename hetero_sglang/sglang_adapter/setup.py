@@ -79,7 +79,12 @@ def setup_for(configurator: Any) -> Setup:
     plain = model.hf_config.to_dict()
     plain.setdefault("architectures", model.hf_config.architectures)
     check_model_config(plain)
-    profile = resolve_profile(config, plain)
+    if config.is_calibrating:
+        from hetero_sglang.sglang_adapter.calibration import calibrated_profile
+
+        profile = calibrated_profile(configurator, config, plain)
+    else:
+        profile = resolve_profile(config, plain)
     dtype: torch.dtype = configurator.kv_cache_dtype
     tables = heads_of(config, profile, dtype.itemsize)
     key_bytes = 0

@@ -35,6 +35,13 @@ def validate(server_args: Any, previous: Callable[[Any], None]) -> None:
         if model_config is not None:
             check_model_config(model_config)
             config = HeteroConfig.from_dict(plain)
+            if config.is_calibrating:
+                # Roles and floor are known when the scheduler has loaded the model; that the texts
+                # can be read is known now.
+                from hetero_sglang.sglang_adapter.calibration import texts_to_read
+
+                texts_to_read(config)
+                return
             profile = resolve_profile(config, model_config)
             # Only fp32 is not two bytes; the scheduler checks again with the dtype it loaded.
             item_bytes = 4 if view.dtype in ("float", "float32") else 2

@@ -25,10 +25,10 @@ from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import build_role_tables
 from hetero_sglang.profile import load_profile
 from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.simulation.engine import Simulation, Trace, prefill
+from hetero_sglang.simulation.method import ANCHOR, PIVOT, SATELLITE, VOLATILE, Method, Profile
 from memd.protocol import KVLayout
 from memd.testing import FakeMemd
-from tests.simulation.engine import Simulation, Trace, prefill
-from tests.simulation.method import ANCHOR, PIVOT, SATELLITE, VOLATILE, Method, Profile
 
 if TYPE_CHECKING:
     from pathlib import Path

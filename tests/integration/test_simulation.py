@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tests.simulation.compare import Stream, compare
-from tests.simulation.engine import Simulation, prefill
-from tests.simulation.method import (
+from hetero_sglang.simulation.engine import Simulation, prefill
+from hetero_sglang.simulation.method import (
     ANCHOR,
     NUM_SINKS,
     PIVOT,
@@ -37,6 +36,7 @@ from tests.simulation.method import (
     watched_key_bits,
     window_scores,
 )
+from tests.simulation.compare import Stream, compare
 from tests.simulation.texts import prompt_ids
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tests.simulation.engine import Prefill
+    from hetero_sglang.simulation.engine import Prefill
 
 
 FILLING = functools.partial(Method.paper, min_tokens=0, is_filling=True)

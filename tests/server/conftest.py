@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hetero_sglang.simulation.engine import Prefill, Simulation, prefill
+from hetero_sglang.simulation.method import Method, Profile
 from tests.server.harness import Answer, Server, start_server
 from tests.simulation.compare import Stream, Verdict, compare
-from tests.simulation.engine import Prefill, Simulation, prefill
-from tests.simulation.method import Method, Profile
 from tests.simulation.texts import prompt_ids
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hetero_sglang.simulation.method import Method
 from tests.server.conftest import PromptSpec, policy_flags
-from tests.simulation.method import Method
 
 if TYPE_CHECKING:
     from tests.server.conftest import Reference, ServerPool

@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hetero_sglang.simulation.engine import Simulation, prefill
+from hetero_sglang.simulation.method import Method, Profile, held_heads
 from tests.server.conftest import Reference, policy_flags
 from tests.server.harness import start_server
 from tests.simulation.compare import Stream, compare
-from tests.simulation.engine import Simulation, prefill
-from tests.simulation.method import Method, Profile, held_heads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

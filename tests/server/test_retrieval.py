@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from hetero_sglang.simulation.method import Method
 from tests.server.conftest import PromptSpec, policy_flags
-from tests.simulation.method import Method
 
 if TYPE_CHECKING:
+    from hetero_sglang.simulation.engine import Trace
     from tests.server.conftest import Reference, ServerPool
     from tests.server.harness import Answer, Server
-    from tests.simulation.engine import Trace
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
 

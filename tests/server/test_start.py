@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hetero_sglang.simulation.method import Method, held_heads
 from tests.server.conftest import POLICY, PROFILE_PATH, policy_flags
 from tests.server.harness import run_to_refusal, start_server
-from tests.simulation.method import Method, held_heads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +39,13 @@ REFUSED = {
     "no such profile": (
         policy_flags(0.5, "--kv-policy-profile", "/nonexistent/profile.json"),
         r"/nonexistent/profile\.json",
+    ),
+    "no such text to calibrate on": (
+        (
+            *policy_flags(0.5, "--kv-policy-profile", "calibrate"),
+            *("--kv-policy-calibration-text", "/nonexistent/text.txt"),
+        ),
+        r"cannot read text /nonexistent/text\.txt",
     ),
     "no such memd": (
         policy_flags(0.5, "--kv-policy-memd", "ipc:///nonexistent/memd/control.sock"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tests.simulation.engine import Event, Prefill, Simulation, Trace
+    from hetero_sglang.simulation.engine import Event, Prefill, Simulation, Trace
 
 LOGIT_TIE = 1e-3
 """Two fp32 implementations of a 30-layer model differ by up to a few 1e-4 in a logit."""

@@ -104,6 +104,27 @@ def test_a_profile_without_compressed_heads_is_valid(build_profile: Build) -> No
             id="nan",
         ),
         pytest.param(
+            {"stability": np.full((2, 4), float("inf"))},
+            "stability must be finite, got inf",
+            id="inf",
+        ),
+        pytest.param(
+            {"similarity": np.full((2, 4, 4), float("nan"))},
+            "similarity must be finite, got nan",
+            id="nan-in-similarity",
+        ),
+        pytest.param(
+            {"roles": np.full((2, 4), float("nan"))}, "roles must be 1 to 4, got nan", id="nan-role"
+        ),
+        pytest.param(
+            {"allocation": np.ones((2, 5))},
+            r"allocation must have shape \[2, 4\], got \(2, 5\)",
+            id="too-wide",
+        ),
+        pytest.param(
+            {"stability": np.ones(8)}, r"stability must have shape \[2, 4\], got \(8,\)", id="flat"
+        ),
+        pytest.param(
             {"allocation": with_value(ALLOCATION, 0, 2, 1.0)},
             r"allocation of head \[0, 2\] must be 0",
             id="pivot-with-budget",

@@ -131,6 +131,35 @@ def test_a_file_against_the_schema_is_refused_by_field(
     assert "toy.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["allocation", "stability"])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        # Python writes them so; JSON has no word for them.
+        ("NaN", r"toy.json is no JSON \(cut short, or NaN in it\?\): .*invalid character"),
+        ("Infinity", r"toy.json is no JSON \(cut short, or NaN in it\?\): .*invalid character"),
+        ("1e999", r"toy.json is no profile .*: Number out of range - at `\$\.{name}\[1\]\[0\]`"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(
+    build_profile: Build, name: str, number: str, message: str
+) -> None:
+    data = json.loads(spoiled(build_profile()))
+    data[name][1][0] = "here"
+    text = json.dumps(data).replace('"here"', number)
+
+    with pytest.raises(ProfileError, match=message.replace("{name}", name)):
+        loads_profile(text.encode(), origin="toy.json")
+
+
+def test_a_file_cut_in_the_middle_is_named(build_profile: Build, tmp_path: Path) -> None:
+    whole = dumps_profile(build_profile()).encode()
+    (tmp_path / "cut.json").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(ProfileError, match=r"cut\.json is no JSON \(cut short.*truncated"):
+        load_profile(tmp_path / "cut.json")
+
+
 def test_an_edited_file_is_noticed_and_accepted_without_its_digest(build_profile: Build) -> None:
     text = dumps_profile(build_profile()).replace('"stable": 0.5', '"stable": 0.25')
 

@@ -10,15 +10,20 @@ import torch
 
 from hetero_sglang.errors import ConfigError, ProfileError
 from hetero_sglang.profile import Thresholds
+from hetero_sglang.profile.compare import kappa
 from hetero_sglang.profiler import (
     Calibration,
     CalibrationText,
+    WatchedModel,
+    calibration_prompts,
     calibration_texts,
     classify_heads,
+    observe,
     profile_model,
     read_text,
     read_texts,
 )
+from hetero_sglang.profiler.watching import weights_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,40 +34,13 @@ OTHER = CalibrationText("digits.txt", "0123456789 " * 40)
 
 def settings(**changes: Any) -> Calibration:
     given: dict[str, Any] = {
-        "num_prompt_tokens": 90,
+        "prompt_lengths": (90,),
         "num_decode_steps": 6,
         "top_k": 16,
         # Between the values that the tiny model has, so that several roles come up.
         "thresholds": Thresholds(stable=0.9, similarity=0.55),
     }
     return Calibration(**{**given, **changes})
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of random weights with three query heads for each KV head; tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        head_dim=8,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def attention_by_transformers(
@@ -73,7 +51,7 @@ def attention_by_transformers(
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    num_tokens = calibration.num_prompt_tokens
+    (num_tokens,) = calibration.prompt_lengths
     token_ids = tokenizer(text.text, return_tensors="pt").input_ids[:, :num_tokens]
     rows = []
     with torch.inference_mode():
@@ -138,13 +116,150 @@ def test_progress_runs_from_nothing_to_all(tiny_model: Path) -> None:
     )
 
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    # Each prompt of 90 tokens counts as one decoded token.
     assert {total for *_, total in told} == {6}
     assert told[-1] == ("done", 6, 6)
 
 
+def test_every_text_is_read_at_every_length(tiny_model: Path) -> None:
+    both = settings(prompt_lengths=(60, 90))
+    model = WatchedModel(tiny_model)
+
+    run = observe(model, calibration_prompts(model, [TEXT, OTHER], both.prompt_lengths), both)
+
+    assert [prompt.name for prompt in run.prompts] == [
+        f"{name} ({length} tokens)" for name in ("words.txt", "digits.txt") for length in (60, 90)
+    ]
+    assert {prompt.overlaps.shape for prompt in run.prompts} == {(6, 3, 4)}
+    alone = settings(prompt_lengths=(60,))
+    expected = observe(model, calibration_prompts(model, [OTHER], (60,)), alone)
+    np.testing.assert_array_equal(run.prompts[2].overlaps, expected.prompts[0].overlaps)
+    # Pooled: the median over the 24 steps of all four.
+    np.testing.assert_array_equal(
+        run.profile().stability,
+        np.median(np.concatenate([prompt.overlaps for prompt in run.prompts]), axis=0),
+    )
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    calibration, saved = settings(), tmp_path / "run.partial"
+    model = WatchedModel(tiny_model)
+    prompts = calibration_prompts(model, [TEXT, OTHER], calibration.prompt_lengths)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("digits.txt: decoding"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(model, prompts, calibration, progress=interrupt, checkpoint=saved)
+    stages: list[str] = []
+    # Another process loads the model anew.
+    resumed = observe(
+        WatchedModel(tiny_model),
+        prompts,
+        calibration,
+        progress=lambda stage, *_: stages.append(stage),
+        checkpoint=saved,
+    )
+
+    assert not any(stage.startswith("words.txt") for stage in stages)
+    assert resumed.profile() == observe(model, prompts, calibration).profile()
+    # What is finished needs no run at all, whatever the thresholds are by now.
+    stages.clear()
+    other = settings(thresholds=Thresholds(stable=0.1, similarity=0.9))
+    observe(
+        model,
+        prompts,
+        other,
+        progress=lambda stage, *_: stages.append(stage),
+        checkpoint=saved,
+    )
+    assert stages == ["loading the model", "done"]
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 17}, {"num_decode_steps": 5}])
+def test_a_checkpoint_of_another_run_is_refused(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    saved = tmp_path / "run.partial"
+    model = WatchedModel(tiny_model)
+    prompts = calibration_prompts(model, [TEXT], (90,))
+    observe(model, prompts, settings(), checkpoint=saved)
+
+    with pytest.raises(ConfigError, match=r"run\.partial is of a run with another model, other"):
+        observe(model, prompts, settings(**changes), checkpoint=saved)
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run.partial"
+    model = WatchedModel(tiny_model)
+    prompts = calibration_prompts(model, [TEXT], (90,))
+    observe(model, prompts, settings(), checkpoint=saved)
+    saved.write_bytes(saved.read_bytes()[:-100])
+
+    with pytest.raises(ConfigError, match=r"cannot be read .* delete it to start anew"):
+        observe(model, prompts, settings(), checkpoint=saved)
+
+
+def test_agreement_is_over_pairs_of_prompts(tiny_model: Path) -> None:
+    calibration = settings()
+    model = WatchedModel(tiny_model)
+    texts = [TEXT, OTHER, CalibrationText("more.txt", "to be or not to be, " * 30)]
+    run = observe(model, calibration_prompts(model, texts, (90,)), calibration)
+
+    found = run.agreement()
+
+    assert found is not None
+    alone = {prompt.name: run.profile(prompts=[prompt]) for prompt in run.prompts}
+    pairs = [
+        (kappa(alone[a], alone[b]), (a, b))
+        for a, b in (
+            ("words.txt", "digits.txt"),
+            ("words.txt", "more.txt"),
+            ("digits.txt", "more.txt"),
+        )
+    ]
+    assert found.kappa == pytest.approx(sum(value for value, _ in pairs) / 3)
+    assert (found.least_kappa, found.least_pair) == min(pairs)
+    assert -1.0 <= found.rank_correlation <= 1.0
+    single = observe(model, calibration_prompts(model, [TEXT], (90,)), calibration)
+    assert single.agreement() is None
+
+
+def test_the_digest_of_weights_tells_fine_tunes_apart() -> None:
+    weights = {"a": torch.arange(1000.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)}
+    digest = weights_digest(weights.items())
+
+    assert digest == weights_digest(reversed(weights.items()))
+    tuned = {**weights, "a": weights["a"] * 1.001}
+    assert weights_digest(tuned.items()) != digest
+    assert weights_digest({**weights, "a": weights["a"].half()}.items()) != digest
+    assert weights_digest({**weights, "b": torch.ones(4, 3).bfloat16()}.items()) != digest
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="device cuda was asked for, but torch sees no GPU"):
+        WatchedModel(tiny_model, device="cuda")
+
+
+def test_a_model_with_sliding_windows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mistral"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps({**config, **changes, "sliding_window": 64}))
+
+    with pytest.raises(ConfigError, match="layer 0 attends in a sliding window of 64 tokens"):
+        profile_model(folder, settings(), texts=[TEXT])
+
+
 def test_a_short_text_is_refused_before_the_model_is_loaded(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=r"text words.txt has 416 tokens .* needed are 5000"):
-        profile_model(tiny_model, settings(num_prompt_tokens=5000), texts=[TEXT])
+        profile_model(tiny_model, settings(prompt_lengths=(5000,)), texts=[TEXT])
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -171,8 +286,10 @@ def test_a_model_without_kv_heads_is_refused(tiny_model: Path, tmp_path: Path) -
     [
         ({"num_decode_steps": 0}, "num_decode_steps must be at least 1, got 0"),
         ({"top_k": 0}, "top_k must be at least 1"),
-        ({"top_k": 90}, r"num_prompt_tokens must be above top_k \(90\), got 90"),
-        ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16, got 'int8'"),
+        ({"top_k": 90}, r"prompt_lengths must be above top_k \(90\), got 90"),
+        ({"prompt_lengths": ()}, "prompt_lengths must name at least one length"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -183,7 +300,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
 def test_the_defaults_are_the_papers() -> None:
     defaults = Calibration()
 
-    assert (defaults.num_prompt_tokens, defaults.num_decode_steps) == (5000, 100)
+    assert (defaults.prompt_lengths, defaults.num_decode_steps) == ((5000,), 100)
     assert defaults.top_k == 1024
     assert defaults.thresholds == Thresholds(stable=0.5, similarity=0.5)
 

@@ -198,6 +198,87 @@ def test_without_a_number_of_kv_heads_every_head_is_one() -> None:
     assert profile.similarity[0, 0, 1] > 0.8
 
 
+def peaks(*positions: int, num_positions: int = 14) -> torch.Tensor:
+    """One layer whose heads look at one position each, [1, num_heads, num_positions].
+
+    Pooled, a peak is a plateau: the same value at the position and two to either side of it.
+    """
+    rows = torch.zeros(1, len(positions), num_positions)
+    rows[0, range(len(positions)), list(positions)] = 1.0
+    return rows
+
+
+def test_of_equally_good_positions_the_first_make_the_set() -> None:
+    # Head 0 sees a plateau of 2 to 6 and takes 2, 3, 4, 5; head 1 sees one that the edge cuts to 0
+    # to 3 and takes it all. Half in common: similar. The last positions would be 3, 4, 5, 6, with
+    # one in common.
+    prefill = peaks(4, 1)
+    # Head 0 turns to 4 to 8 and takes 4, 5, 6, 7: half of its own. Head 1 turns to 0 to 2 and
+    # fills up with 3, the first of the positions that nobody looks at: all of its own.
+    decode = peaks(6, 0)[None]
+
+    profile = classify_heads(
+        prefill, decode, top_k=4, stable_threshold=0.5, similarity_threshold=0.5
+    )
+
+    assert profile.roles.tolist() == [[P, S]]
+    assert profile.similarity is not None
+    assert profile.similarity[0, 0, 1] == 0.5
+    assert profile.stability is not None
+    assert profile.stability.tolist() == [[0.5, 1.0]]
+
+
+def test_of_equally_connected_heads_the_first_leads() -> None:
+    # Sets of four from 0, 2, 4, 6 and 8 on: each shares half with the next one. Of the path
+    # 0-1-2-3-4 heads 1, 2 and 3 have two neighbours; 1 leads 0 and 2; of 3 and 4 the first leads.
+    prefill = peaks(2, 4, 6, 8, 10)
+
+    profile = classify_heads(
+        prefill, prefill[None], top_k=4, stable_threshold=0.5, similarity_threshold=0.5
+    )
+
+    assert profile.roles.tolist() == [[S, P, S, P, S]]
+    assert dict(profile.satellites_of) == {(0, 1): (0, 2), (0, 3): (4,)}
+
+
+@pytest.mark.parametrize(
+    ("stable", "role"),
+    [
+        pytest.param(0.5, A, id="on-the-line"),
+        pytest.param(0.51, V, id="under-the-line"),
+    ],
+)
+def test_an_even_number_of_steps_has_its_median_between_the_middle_two(
+    stable: float, role: HeadRole
+) -> None:
+    # Overlaps with the prompt's set of 0 to 3: all, three of four, one of four, none. The middle
+    # two are 0.75 and 0.25.
+    decode = torch.stack([peaks(2), peaks(3), peaks(5), peaks(9)])
+
+    profile = classify_heads(
+        peaks(2), decode, top_k=4, stable_threshold=stable, similarity_threshold=0.5
+    )
+
+    assert profile.roles.tolist() == [[role]]
+
+
+def test_query_heads_of_a_group_are_averaged_before_positions_are_taken() -> None:
+    # Each group's mean has two plateaus of equal height, 0 to 4 and 7 to 11, and takes the first:
+    # the groups are alike, though their first query heads have nothing in common.
+    prefill = peaks(2, 9, 9, 2)
+
+    profile = classify_heads(
+        prefill,
+        prefill[None],
+        top_k=5,
+        stable_threshold=0.5,
+        similarity_threshold=1.0,
+        num_kv_heads=2,
+    )
+
+    assert profile.roles.tolist() == [[P, S]]
+
+
 def test_permuting_positions_of_all_heads_alike_by_reversal_changes_nothing() -> None:
     prefill, decode = planted()
     settings: dict[str, Any] = {"top_k": 24, "stable_threshold": 0.5, "similarity_threshold": 0.5}
@@ -218,6 +299,14 @@ def test_permuting_positions_of_all_heads_alike_by_reversal_changes_nothing() ->
         ({"decode": torch.zeros(0, 1, 4, NUM_POSITIONS)}, "at least one step"),
         ({"prefill": torch.full((1, 4, NUM_POSITIONS), torch.nan)}, "prefill must be finite"),
         ({"decode": torch.full((1, 1, 4, NUM_POSITIONS), torch.inf)}, "decode must be finite"),
+        (
+            {"prefill": torch.full((1, 4, NUM_POSITIONS), -0.5)},
+            r"prefill must not be negative, found -0\.5",
+        ),
+        (
+            {"decode": torch.full((1, 1, 4, NUM_POSITIONS), -1e-9)},
+            "decode must not be negative, found -1e-09",
+        ),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_k": NUM_POSITIONS}, r"top_k must be below .* got 200"),
         ({"num_kv_heads": 3}, r"num_kv_heads must divide num_heads \(4\), got 3"),

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetero_sglang.profiler.observation import HeadObserver, group_mean, overlap, top_mask
+from hetero_sglang.profiler.observation import (
+    HeadObserver,
+    PromptObservation,
+    group_mean,
+    newest_attention,
+    overlap,
+    pooled_similarity,
+    pooled_stability,
+    top_mask,
+)
 
 
 def pooled_by_hand(row: list[float]) -> list[float]:
@@ -79,37 +88,62 @@ def one_hot(position: int, num_positions: int = 12) -> torch.Tensor:
     return row
 
 
-def test_stability_of_an_even_number_of_steps_is_the_mean_of_the_middle_two() -> None:
+def observed(prompt: torch.Tensor, *steps: torch.Tensor, name: str = "") -> PromptObservation:
     observer = HeadObserver(top_k=5)
-    observer.begin_prompt(one_hot(2))  # positions 0 to 4
-    for position in (2, 3, 4, 9):  # overlaps 1, 0.8, 0.6, 0
-        observer.add_step(one_hot(position))
+    observer.begin_prompt(prompt)
+    for step in steps:
+        observer.add_step(step)
+    return observer.result(name)
 
-    assert observer.stability == pytest.approx(np.array([[0.7]]))
+
+def pair(first: int, second: int) -> torch.Tensor:
+    return torch.cat([one_hot(first), one_hot(second)], dim=1)
+
+
+def test_stability_of_an_even_number_of_steps_is_the_mean_of_the_middle_two() -> None:
+    # The prompt's set is positions 0 to 4; overlaps 1, 0.8, 0.6, 0.
+    prompt = observed(one_hot(2), *(one_hot(position) for position in (2, 3, 4, 9)))
+
+    assert pooled_stability([prompt]) == pytest.approx(np.array([[0.7]]))
 
 
 def test_several_prompts_pool_their_steps_and_average_their_similarity() -> None:
-    observer = HeadObserver(top_k=5)
-    observer.begin_prompt(torch.cat([one_hot(2), one_hot(2)], dim=1))
-    observer.add_step(torch.cat([one_hot(2), one_hot(9)], dim=1))
-    observer.begin_prompt(torch.cat([one_hot(2), one_hot(9)], dim=1))
-    observer.add_step(torch.cat([one_hot(2), one_hot(9)], dim=1))
-    observer.add_step(torch.cat([one_hot(9), one_hot(9)], dim=1))
+    first = observed(pair(2, 2), pair(2, 9))
+    second = observed(pair(2, 9), pair(2, 9), pair(9, 9))
 
     # overlaps: head 0 has 1, 1, 0; head 1 has 0, 1, 1
-    np.testing.assert_allclose(observer.stability, [[1.0, 1.0]])
+    np.testing.assert_allclose(pooled_stability([first, second]), [[1.0, 1.0]])
     # similarity: 1 in the first prompt, 0 in the second
-    np.testing.assert_allclose(observer.similarity, [[[1.0, 0.5], [0.5, 1.0]]])
+    np.testing.assert_allclose(pooled_similarity([first, second]), [[[1.0, 0.5], [0.5, 1.0]]])
 
 
 def test_prompts_may_differ_in_length() -> None:
-    observer = HeadObserver(top_k=5)
-    observer.begin_prompt(one_hot(2, 12))
-    observer.add_step(one_hot(2, 12))
-    observer.begin_prompt(one_hot(2, 30))
-    observer.add_step(one_hot(2, 30))
+    short = observed(one_hot(2, 12), one_hot(2, 12))
+    long = observed(one_hot(2, 30), one_hot(2, 30))
 
-    np.testing.assert_array_equal(observer.stability, [[1.0]])
+    np.testing.assert_array_equal(pooled_stability([short, long]), [[1.0]])
+
+
+def test_an_observer_starts_anew_with_each_prompt() -> None:
+    observer = HeadObserver(top_k=5)
+    for name in ("one", "two"):
+        observer.begin_prompt(one_hot(2))
+        observer.add_step(one_hot(2))
+        assert observer.result(name).overlaps.shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+def test_the_newest_querys_attention_is_averaged_over_its_group(group_size: int) -> None:
+    generator = torch.Generator().manual_seed(group_size)
+    query = torch.randn(2 * group_size, 16, generator=generator)
+    keys = torch.randn(2, 9, 16, generator=generator)
+
+    found = newest_attention(query, keys, 0.25)
+
+    for head in range(2):
+        members = query[head * group_size : (head + 1) * group_size]
+        expected = torch.stack([torch.softmax(keys[head] @ q * 0.25, 0) for q in members]).mean(0)
+        torch.testing.assert_close(found[head], expected)
 
 
 def test_a_prompt_no_longer_than_the_sets_is_refused() -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hetero_sglang.profile import HeadProfile
+
 ANCHOR, VOLATILE, PIVOT, SATELLITE = 1, 2, 3, 4
 POOL_KERNEL = 5
 NUM_SINKS = 4
@@ -59,6 +61,11 @@ class Profile:
         """All heads alike and nobody watching: with a window this is SnapKV."""
         roles = [[ANCHOR] * num_heads for _ in range(num_layers)]
         return cls(roles, [[1.0] * num_heads for _ in range(num_layers)], {})
+
+    @classmethod
+    def of(cls, profile: HeadProfile) -> Profile:
+        """What of a head profile counts here."""
+        return cls(profile.roles.tolist(), profile.allocation.tolist(), dict(profile.satellites_of))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
@@ -199,7 +206,8 @@ def quantise(keys: Tensor, bits: int) -> Tensor:
     largest = 2 ** (bits - 1) - 1
     step = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
     whole = torch.round(groups / step).clamp(-largest, largest).nan_to_num()
-    return (whole * step).reshape(N, D)
+    rounded: Tensor = (whole * step).reshape(N, D)
+    return rounded
 
 
 def _water_level(weights: list[float], cap: int, target: int) -> float:
@@ -245,7 +253,7 @@ def window_scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
         Mean over W and G of the causal attention, averaged over windows of 5 positions, fp32 [N].
     """
     W, N = queries.shape[0], keys.shape[0]
-    attention = torch.zeros(N)
+    attention = torch.zeros(N, device=keys.device)
     for w in range(W):
         seen = N - W + w + 1
         attention[:seen] += torch.softmax(queries[w] @ keys[:seen].T * scale, dim=-1).mean(0)

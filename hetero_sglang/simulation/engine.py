@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from tests.simulation.method import (
+from hetero_sglang.simulation.method import (
     PIVOT,
     Budget,
     Method,
@@ -137,7 +137,7 @@ class _Layer:
     def empty_like(cls, rows: Tensor, capacity: int) -> _Layer:
         """A layer with room for ``capacity`` rows like ``rows`` [H, n, D], all visible."""
         shape = (rows.shape[0], capacity, rows.shape[2])
-        visible = torch.ones(shape[:2], dtype=torch.bool)
+        visible = torch.ones(shape[:2], dtype=torch.bool, device=rows.device)
         return cls(rows.new_empty(shape), rows.new_empty(shape), visible)
 
 
@@ -191,7 +191,7 @@ class _Attention:
         rows = query.reshape(num_heads, group * num_new, head_dim)
         scores = torch.bmm(rows, layer.keys[:, :end].transpose(1, 2)) * scale
         scores = scores.view(num_heads, group, num_new, end)
-        is_past = torch.ones(num_new, end, dtype=torch.bool).tril(start)
+        is_past = torch.ones(num_new, end, dtype=torch.bool, device=key.device).tril(start)
         allowed = layer.is_visible[:, None, :end] & is_past  # [H, n, end]
         scores = scores.masked_fill(~allowed[:, None], -math.inf)
         weights = torch.softmax(scores, dim=-1).view(num_heads, group * num_new, end)
@@ -239,12 +239,12 @@ def prefill(model: PreTrainedModel, prompt: Sequence[int]) -> Prefill:
 def _forward(model: PreTrainedModel, state: _Attention, tokens: Sequence[int]) -> Tensor:
     """Logits after each of ``tokens`` ([n, vocab]; of a prompt the last one only)."""
     start = state.length
-    restore = model.config._attn_implementation
+    restore = model.config._attn_implementation  # noqa: SLF001  # has a setter, but no getter
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         output = model(
-            input_ids=torch.tensor([list(tokens)]),
-            position_ids=torch.arange(start, start + len(tokens))[None],
+            input_ids=torch.tensor([list(tokens)], device=model.device),
+            position_ids=torch.arange(start, start + len(tokens), device=model.device)[None],
             use_cache=False,
             logits_to_keep=1 if start == 0 else 0,
             simulation=state,
@@ -252,7 +252,8 @@ def _forward(model: PreTrainedModel, state: _Attention, tokens: Sequence[int]) -
     finally:
         model.set_attn_implementation(restore)
     state.length += len(tokens)
-    return output.logits[0].float()
+    logits: Tensor = output.logits[0].float()
+    return logits
 
 
 def _with_swap(order: Tensor, count: int) -> Tensor:
