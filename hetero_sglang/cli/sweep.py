@@ -88,6 +88,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="text to judge by, which no profile is made of; may be repeated",
     )
     add_calibration_options(parser)
+    option(
+        parser,
+        "--name",
+        dest="name",
+        help="the model's name in the figure (default: the directory's)",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -115,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     _write(arguments.csv, to_csv(points))
     if arguments.svg is not None:
-        title = f"{model.name}, preset {arguments.preset}"
+        title = f"{calibration.name or model.name}, preset {arguments.preset}"
         _write(arguments.svg, render_sweep(points, title=title))
     _print(points)
 

@@ -20,11 +20,11 @@ _CELL_WIDTH, _CELL_HEIGHT = 62, 26
 _LEFT, _TOP, _GAP = 64, 62, 34
 
 _STYLE = """
-text { font: 11px system-ui, sans-serif; fill: #1c2024; text-anchor: middle; }
+.page { fill: #ffffff; } text { font: 11px system-ui, sans-serif; fill: #1c2024; text-anchor: middle; }
 .title { font-size: 13px; font-weight: 600; text-anchor: start; } .axis { fill: #60646c; }
 .side { text-anchor: end; } .cell { fill: #3e63dd; } .none { fill: none; stroke: #d9d9e0; }
 .best { fill: none; stroke: #1c2024; stroke-width: 2; }
-@media (prefers-color-scheme: dark) { text { fill: #edeef0; } .axis { fill: #b0b4ba; }
+@media (prefers-color-scheme: dark) { .page { fill: #111113; } text { fill: #edeef0; } .axis { fill: #b0b4ba; }
   .cell { fill: #849dff; } .none { stroke: #43484e; } .best { stroke: #edeef0; } }
 """
 
@@ -41,9 +41,10 @@ class _Panel:
 
 
 def render_sweep(points: Sequence[SweepPoint], *, title: str = "") -> str:
-    """Draws a sweep: a row of panels for each set size, floor first, then KL and top 1 by ratio.
+    """Draws a sweep: for each set size the floor, then KL and top 1 side by side by ratio.
 
-    The darker a cell the larger its number within the panel; the best of each panel is framed.
+    The darker a cell the larger its number within the panel; the best of each panel is framed. What
+    was not measured, because the ratio is not above the floor, is a dash.
 
     Args:
         points: The points, at least one.
@@ -52,39 +53,50 @@ def render_sweep(points: Sequence[SweepPoint], *, title: str = "") -> str:
     Returns:
         An SVG document.
     """
-    parts: list[str] = []
-    width = height = 0
-    for row, top_k in enumerate(sorted({point.top_k for point in points})):
-        panels = _panels([point for point in points if point.top_k == top_k], top_k)
-        panel_width, panel_height = _extent(points)
-        for column, panel in enumerate(panels):
-            x, y = column * (panel_width + _GAP), 28 + row * (panel_height + _GAP)
-            parts.append(f'<g transform="translate({x} {y})">{_draw(panel, points)}</g>')
-            width, height = max(width, x + panel_width), max(height, y + panel_height)
+    rows = [
+        row
+        for top_k in sorted({point.top_k for point in points})
+        for row in _panels([point for point in points if point.top_k == top_k], top_k)
+    ]
+    panel_width, panel_height = _extent(points)
+    parts = [
+        f'<g transform="translate({column * (panel_width + _GAP)} '
+        f'{28 + index * (panel_height + _GAP)})">{_draw(panel, points)}</g>'
+        for index, row in enumerate(rows)
+        for column, panel in enumerate(row)
+    ]
+    width = 2 * panel_width + _GAP + 8
+    height = 28 + len(rows) * (panel_height + _GAP)
     heading = f'<text class="title" x="4" y="16">{escape(title)}</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img"><title>{escape(title or "sweep")}</title>'
-        f"<style>{_STYLE}</style>{heading}{''.join(parts)}</svg>\n"
+        f'<style>{_STYLE}</style><rect class="page" width="{width}" height="{height}"/>{heading}'
+        f"{''.join(parts)}</svg>\n"
     )
 
 
-def _panels(points: Sequence[SweepPoint], top_k: int) -> list[_Panel]:
+def _panels(points: Sequence[SweepPoint], top_k: int) -> list[list[_Panel]]:
+    """The rows of panels of one set size."""
     ratios = sorted({point.ratio for point in points})
     first = [point for point in points if point.ratio == ratios[0]]
-    panels = [_Panel(f"floor (top {top_k})", first, lambda p: p.floor, lambda v: f"{v:.1%}", True)]
+    panels = [
+        [_Panel(f"floor (top {top_k})", first, lambda p: p.floor, lambda v: f"{v:.1%}", True)]
+    ]
     for ratio in ratios:
         some = [point for point in points if point.ratio == ratio]
-        panels += [
-            _Panel(f"KL at ratio {ratio:g}", some, lambda p: p.kl, lambda v: f"{v:.4f}", True),
-            _Panel(
-                f"same top token at ratio {ratio:g}",
-                some,
-                lambda p: p.top1,
-                lambda v: f"{v:.1%}",
-                False,
-            ),
-        ]
+        panels.append(
+            [
+                _Panel(f"KL at ratio {ratio:g}", some, lambda p: p.kl, lambda v: f"{v:.4f}", True),
+                _Panel(
+                    f"same top token at ratio {ratio:g}",
+                    some,
+                    lambda p: p.top1,
+                    lambda v: f"{v:.1%}",
+                    False,
+                ),
+            ]
+        )
     return panels
 
 
@@ -125,7 +137,7 @@ def _draw(panel: _Panel, points: Sequence[SweepPoint]) -> str:
 
 def _cell(x: int, y: int, value: float | None, least: float, most: float, panel: _Panel) -> str:
     if value is None:
-        return _rect("none", x, y, "") + _label(x, y, "under floor")
+        return _rect("none", x, y, "") + _label(x, y, "-")
     share = (value - least) / (most - least) if most > least else 0.0
     # Never so dark that the number on it could not be read.
     return _rect("cell", x, y, f' fill-opacity="{0.08 + 0.47 * share:.3f}"') + _label(
