@@ -268,9 +268,11 @@ def observe(
             it was; made, read and left to the caller to remove.
 
     Raises:
-        ConfigError: The checkpoint is of a run with another model, other prompts or settings.
+        ConfigError: The checkpoint is of a run with another model, other prompts or settings, or
+            prompt and decoded tokens do not fit the model's context.
     """
     num_steps = calibration.num_decode_steps
+    _check_context(model, prompts, num_steps)
     costs = [len(prompt.token_ids) // _TOKENS_OF_A_STEP + num_steps for prompt in prompts]
     total, done = sum(costs), 0
     progress("loading the model", 0, total)
@@ -304,6 +306,15 @@ def observe(
         dtype=model.dtype,
         text_digest=digest,
     )
+
+
+def _check_context(model: Watchable, prompts: Sequence[Prompt], num_steps: int) -> None:
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if model.context_tokens and longest + num_steps > model.context_tokens:
+        raise ConfigError(
+            f"a prompt of {longest} and {num_steps} decoded tokens do not fit the context of "
+            f"{model.name}, {model.context_tokens} tokens; take fewer"
+        )
 
 
 def _digest_of(prompts: Sequence[Prompt]) -> str:

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
-__all__ = ["DEVICES", "DTYPES", "Watchable", "WatchedModel", "read_model_config", "weights_digest"]
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "Watchable",
+    "WatchedModel",
+    "read_model_config",
+    "take_layers",
+    "weights_digest",
+]
 
 _ATTENTION_NAME = "hetero_calibration"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +49,10 @@ class Watchable(Protocol):
     @property
     def shape(self) -> ModelShape:
         """Layers and heads."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that it can take in all; 0 if that is not known."""
 
     @property
     def dtype(self) -> str:
@@ -90,7 +102,9 @@ class WatchedModel:
         from transformers import AutoTokenizer
 
         self._folder = Path(model_dir)
-        self._shape = ModelShape.from_config(read_model_config(self._folder))
+        config = read_model_config(self._folder)
+        self._shape = ModelShape.from_config(config)
+        self._context_tokens = int(config.get("max_position_embeddings") or 0)
         self._device = _resolve_device(device)
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -129,6 +143,11 @@ class WatchedModel:
         return self._shape
 
     @property
+    def context_tokens(self) -> int:
+        """As its configuration says; 0 if it does not."""
+        return self._context_tokens
+
+    @property
     def dtype(self) -> str:
         """Of weights and activations."""
         return str(self.model.dtype).removeprefix("torch.")
@@ -163,18 +182,7 @@ class WatchedModel:
             )
             cache = output.past_key_values
             newest = output.logits[:, -1:].argmax(dim=-1)
-            yield self._take(num_tokens)
-
-    def _take(self, num_positions: int) -> torch.Tensor:
-        """What was noted in one pass, over the first positions."""
-        if sorted(self._layers) != list(range(self._shape.num_layers)):
-            raise ConfigError(
-                f"the model ran attention in layers {sorted(self._layers)}, expected all of "
-                f"{self._shape.num_layers}; its architecture is not supported by the profiler"
-            )
-        layers = [self._layers[layer][:, :num_positions] for layer in range(self._shape.num_layers)]
-        self._layers.clear()
-        return torch.stack(layers)
+            yield take_layers(self._layers, self._shape.num_layers, num_tokens)
 
 
 def _attend(
@@ -201,6 +209,32 @@ def _attend(
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     attention_layers[module.layer_idx] = newest_attention(query[0, :, -1], key[0], scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def take_layers(
+    layers: dict[int, torch.Tensor], num_layers: int, num_positions: int
+) -> torch.Tensor:
+    """Takes what each layer noted in one pass, and forgets it.
+
+    Args:
+        layers: Attention of the newest query by layer, [num_kv_heads, num_tokens] each; emptied.
+        num_layers: Layers that must be there.
+        num_positions: First tokens to keep.
+
+    Returns:
+        fp32 [num_layers, num_kv_heads, num_positions].
+
+    Raises:
+        ConfigError: Not all layers ran attention, or others did.
+    """
+    if sorted(layers) != list(range(num_layers)):
+        raise ConfigError(
+            f"the model ran attention in layers {sorted(layers)}, expected all of {num_layers}; "
+            "its architecture cannot be profiled"
+        )
+    taken = torch.stack([layers[layer][:, :num_positions] for layer in range(num_layers)])
+    layers.clear()
+    return taken
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

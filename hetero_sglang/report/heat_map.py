@@ -20,11 +20,13 @@ _CELL_WIDTH, _CELL_HEIGHT = 62, 26
 _LEFT, _TOP, _GAP = 64, 62, 34
 
 _STYLE = """
-.page { fill: #ffffff; } text { font: 11px system-ui, sans-serif; fill: #1c2024; text-anchor: middle; }
+.page { fill: #ffffff; }
+text { font: 11px system-ui, sans-serif; fill: #1c2024; text-anchor: middle; }
 .title { font-size: 13px; font-weight: 600; text-anchor: start; } .axis { fill: #60646c; }
 .side { text-anchor: end; } .cell { fill: #3e63dd; } .none { fill: none; stroke: #d9d9e0; }
 .best { fill: none; stroke: #1c2024; stroke-width: 2; }
-@media (prefers-color-scheme: dark) { .page { fill: #111113; } text { fill: #edeef0; } .axis { fill: #b0b4ba; }
+@media (prefers-color-scheme: dark) {
+  .page { fill: #111113; } text { fill: #edeef0; } .axis { fill: #b0b4ba; }
   .cell { fill: #849dff; } .none { stroke: #43484e; } .best { stroke: #edeef0; } }
 """
 

@@ -27,7 +27,7 @@ from hetero_sglang.profile import ModelShape, load_profile, save_profile
 from hetero_sglang.profiler import Calibration, calibration_prompts, calibration_texts, observe
 from hetero_sglang.profiler.observation import newest_attention
 from hetero_sglang.profiler.texts import read_texts
-from hetero_sglang.profiler.watching import weights_digest
+from hetero_sglang.profiler.watching import take_layers, weights_digest
 from hetero_sglang.report import profile_summary
 
 if TYPE_CHECKING:
@@ -236,14 +236,7 @@ class _WatchedAttention(AttentionBackend):
         Raises:
             ConfigError: Not all layers have attention.
         """
-        if sorted(self._newest) != list(range(self._shape.num_layers)):
-            raise ConfigError(
-                f"the model ran attention in layers {sorted(self._newest)}, expected all of "
-                f"{self._shape.num_layers}; serve it without --kv-policy heterocache"
-            )
-        layers = [self._newest[layer][:, :num_positions] for layer in range(self._shape.num_layers)]
-        self._newest.clear()
-        return torch.stack(layers)
+        return take_layers(self._newest, self._shape.num_layers, num_positions)
 
 
 def calibrated_profile(

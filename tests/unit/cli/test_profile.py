@@ -128,6 +128,10 @@ def test_a_run_that_is_cut_off_leaves_no_profile_and_goes_on_when_repeated(
         (["--stable-threshold", "2"], "thresholds.stable must be in [0, 1], got 2.0"),
         (["--tokens", "10"], "prompt_lengths must be above top_k (16), got 10"),
         (["--tokens", "9999"], "text letters.txt has 225 tokens for this model, needed are 9999"),
+        (
+            ["--tokens", "200", "--steps", "2000"],
+            "200 and 2000 decoded tokens do not fit the context",
+        ),
         (["--dtype", "int4"], "dtype must be one of auto, float32, bfloat16, float16, got 'int4'"),
         (["--text", "nowhere.txt"], "cannot read text nowhere.txt"),
     ],
