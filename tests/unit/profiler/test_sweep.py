@@ -37,9 +37,7 @@ JUDGE = CalibrationText("judge.txt", "she sells sea shells by the sea shore, " *
 LENGTH = 1100
 # Of 1,100 positions two random sets of 400 share 36 %; so do this model's heads, about.
 CALIBRATION = Calibration(prompt_lengths=(LENGTH,), num_decode_steps=3, top_k=400)
-GRID = Sweep(
-    stable=(0.3, 0.5), similarity=(0.33, 0.4), top_k=(400,), ratios=(0.7, 0.9), num_fed=8
-)
+GRID = Sweep(stable=(0.3, 0.5), similarity=(0.33, 0.4), top_k=(400,), ratios=(0.7, 0.9), num_fed=8)
 
 
 @pytest.fixture(scope="module")
