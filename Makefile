@@ -82,10 +82,11 @@ endif
 # Editable: only what pip itself reads, or the compiler, makes a new installation necessary.
 $(STAMPS)/project: $(STAMPS)/requirements-$(DEVICE) pyproject.toml setup.py \
     packages/sglang-cpu-native/pyproject.toml \
-    $(wildcard kernels/hetero_kernels/build_native.py kernels/hetero_kernels/csrc/*)
+    $(wildcard kernels/hetero_kernels/build_native.py kernels/hetero_kernels/csrc/* memd/native/*)
 	$(PIP) --no-deps --no-build-isolation --editable . \
 	  $(if $(filter cpu,$(DEVICE)),--editable packages/sglang-cpu-native)
 	@$(BIN)/python -c 'import hetero_kernels as kernels; print("Kernels:", kernels.native_status())'
+	@$(BIN)/python -c 'import memd.native as gather; print("memd copies rows:", gather.status())'
 	@touch $@
 
 # Serving -----------------------------------------------------------------------------------------
@@ -148,5 +149,5 @@ bench: install ## Run a benchmark (OP=ops/..., OP=serving/decode, ARGS=)
 .PHONY: clean
 clean: ## Remove the virtual environment, the demo model and every cache
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
-	  build dist *.egg-info packages/*/build packages/*/*.egg-info kernels/hetero_kernels/_native
+	  build dist *.egg-info packages/*/build packages/*/*.egg-info kernels/hetero_kernels/_native memd/native/_built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

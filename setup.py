@@ -1,7 +1,8 @@
-"""Packages, their folders, and the compiled CPU kernels; everything else is in pyproject.toml.
+"""Packages, their folders, and what is compiled; everything else is in pyproject.toml.
 
-The kernels are plain C++ without any header or library of torch. They are optional: without a C++
-compiler the installation succeeds, says so, and ``hetero_kernels`` computes with torch instead.
+The CPU kernels and memd's gather are plain C++ without any header or library of others. They are
+optional: without a C++ compiler the installation succeeds and says so, ``hetero_kernels`` computes
+with torch instead, and memd copies with NumPy.
 """
 
 from __future__ import annotations
@@ -16,39 +17,46 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "kernels" / "hetero_kernels"
+GATHER = ROOT / "memd" / "native"
 
 
-def build_kernels(package_dir: Path) -> None:
-    """Compile the kernels into an (installed or editable) ``hetero_kernels`` folder.
+def compile_by(script: Path, out_dir: Path, instead: str) -> None:
+    """Compile one library by its own build script.
 
     Args:
-        package_dir: Folder of the package that will be imported.
+        script: Module with ``build(out_dir)`` and ``BuildError``.
+        out_dir: Where the package that is imported looks for the library.
+        instead: What happens without it, for people.
     """
-    # Loaded by path: importing hetero_kernels would import torch, absent in an isolated build.
-    script = KERNELS / "build_native.py"
-    spec = importlib.util.spec_from_file_location("_hetero_build_native", script)
+    # Loaded by path: importing its package would import torch or NumPy, absent in an isolated
+    # build.
+    spec = importlib.util.spec_from_file_location(f"_hetero_{script.parent.name}", script)
     if spec is None or spec.loader is None:
         raise RuntimeError(f"cannot load {script}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     try:
-        module.build(package_dir / "_native")
+        module.build(out_dir)
     except (module.BuildError, OSError) as error:
         print(
-            f"hetero-sglang: the CPU kernels were not compiled ({error}); torch computes instead, "
-            "which is slower. Install a C++ compiler (g++ or clang++) and install again.",
+            f"hetero-sglang: {script} compiled nothing ({error}); {instead}, which is slower. "
+            "Install a C++ compiler (g++ or clang++) and install again.",
             file=sys.stderr,
         )
 
 
-class BuildWithKernels(build_py):
-    """``build_py`` that also compiles the kernels, into the source tree when editable."""
+class BuildCompiled(build_py):
+    """``build_py`` that also compiles, into the source tree when editable."""
 
     def run(self) -> None:
         """Copy the Python files, then compile."""
         super().run()
-        build_kernels(KERNELS if self.editable_mode else Path(self.build_lib) / "hetero_kernels")
+        installed = Path(self.build_lib)
+        kernels = KERNELS if self.editable_mode else installed / "hetero_kernels"
+        compile_by(KERNELS / "build_native.py", kernels / "_native", "torch computes instead")
+        gather = GATHER if self.editable_mode else installed / "memd" / "native"
+        compile_by(GATHER / "build.py", gather / "_built", "memd copies with NumPy")
 
 
 class PlatformWheel(bdist_wheel):
@@ -69,7 +77,7 @@ class PlatformDistribution(Distribution):
 
 setup(
     distclass=PlatformDistribution,
-    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_py": BuildCompiled, "bdist_wheel": PlatformWheel},
     packages=[
         *find_packages(include=["hetero_sglang*", "memd*"]),
         *find_packages("kernels", include=["hetero_kernels*"]),
@@ -83,7 +91,7 @@ setup(
         "hetero_kernels": ["csrc/*", "_native/*"],
         "hetero_sglang": ["**/*.txt", "**/*.json", "**/*.txt.gz", "py.typed"],
         "hetero_sglang.shipped_profiles": ["*.json"],
-        "memd": ["py.typed"],
+        "memd": ["py.typed", "native/*.cpp", "native/_built/*"],
     },
     include_package_data=False,
 )

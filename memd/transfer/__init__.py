@@ -1,4 +1,4 @@
-"""How bytes move between a client's pages and its landing ring."""
+"""How bytes move between a client's pages and its landing ring; ``Transfer`` is the contract."""
 
 from __future__ import annotations
 
