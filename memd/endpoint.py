@@ -6,7 +6,8 @@ An address ``ipc:///DIR/NAME`` stands for three files in DIR, which must be priv
 ===============  ===============================================================================
 ``NAME``         control: ZeroMQ ROUTER, MessagePack frames
 ``NAME.attach``  Unix SEQPACKET: hands the region's descriptor over, open while the client lives
-``NAME.lock``    flock of the running daemon; the kernel drops it however the daemon ends
+``NAME.lock``    flock of the running daemon, and its process id; the kernel drops the lock however
+                 the daemon ends
 ===============  ===============================================================================
 """
 
@@ -19,6 +20,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 
 from memd.errors import ConfigError
@@ -28,12 +30,15 @@ __all__ = [
     "EndpointLock",
     "Peer",
     "is_allowed_peer",
+    "lock_holder",
     "peer_of",
     "private_directory",
     "remove_leftovers",
 ]
 
 _MAX_SOCKET_PATH_BYTES = 107
+# Somebody who only looks (`lock_holder`) holds a lock for microseconds.
+_LOCK_PATIENCE_S = 0.1
 _UCRED = struct.Struct("3i")
 
 
@@ -135,6 +140,7 @@ class EndpointLock:
 
     def _acquire(self) -> int:
         path = self._endpoint.lock
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -142,16 +148,37 @@ class EndpointLock:
                 # A daemon that ended in between has removed the file that we opened: a lock on that
                 # one says nothing about the file that others see.
                 if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                     return fd
             except BlockingIOError as error:
-                os.close(fd)
-                raise ConfigError(
-                    f"another memd already serves {self._endpoint.address}; see `memd status`"
-                ) from error
+                if time.monotonic() >= deadline:
+                    os.close(fd)
+                    raise ConfigError(
+                        f"another memd already serves {self._endpoint.address}; see `memd status`"
+                    ) from error
+                time.sleep(_LOCK_PATIENCE_S / 10)
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
+
+
+def lock_holder(endpoint: Endpoint) -> int | None:
+    """Process id of the daemon that has taken an endpoint, even if it does not listen yet.
+
+    Returns:
+        None if nobody has taken it.
+    """
+    try:
+        with endpoint.lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or b"0")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    return None
 
 
 def remove_leftovers(endpoint: Endpoint) -> None:

@@ -3,16 +3,25 @@
 Keys of the answer (all counts since the daemon started, sizes in bytes, times in seconds):
 
 =============  ==================================================================================
-``daemon``     ``pid``, ``version`` (protocol), ``uptime_s``, ``address``, ``transfer``
+``daemon``     ``pid``, ``version`` (protocol), ``state`` (``memd.lifecycle``), ``uptime_s``,
+               ``address``, ``transfer``
 ``region``     ``bytes``, ``free_bytes``, ``largest_free_bytes``, ``dirty_bytes``
 ``clients``    one map each: ``client_id``, ``pid``, ``name``, ``pages``, ``pages_free``,
-               ``pages_reserved``, ``pages_sealed``, ``page_bytes``, ``extent_bytes``,
-               ``landing_rows``
+               ``pages_reserved``, ``pages_sealed``, ``pages_leaving`` (released, but read by a
+               fetch), ``page_bytes``, ``extent_bytes``, ``landing_rows``, ``pending_bytes``
+               (still to be copied), ``silent_s`` (since its last request)
 ``counters``   the fields of ``Counters``
 ``requests``   answered requests by tag
 ``errors``     refused requests by ``ErrorCode``
+``latencies``  by tag, from the frame to its reply, refused requests left out: ``count``,
+               ``sum_s``, ``max_s``, ``p50_s``, ``p90_s``, ``p99_s`` (error in ``memd.histogram``)
+               and ``buckets``, pairs of an end in nanoseconds and a count
 ``integrity``  ``"ok"``, or what does not hold
 =============  ==================================================================================
+
+Of a daemon that is still starting only ``daemon`` (``pid``, ``address``, ``state``) is known, to
+the metrics endpoint also ``region`` (``bytes``, ``ready_bytes``). ``memd status --json`` leaves
+``buckets`` out.
 """
 
 from __future__ import annotations
@@ -20,6 +29,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 from typing import Any
+
+from memd.histogram import LogHistogram
 
 __all__ = ["Counters", "Metrics"]
 
@@ -62,11 +73,25 @@ class Metrics:
         counters: Plain counters.
         requests: Answered requests by tag.
         errors: Refused requests by error code.
+        latencies: How long answered requests took, by tag.
     """
 
     counters: Counters = dataclasses.field(default_factory=Counters)
     requests: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     errors: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    latencies: dict[str, LogHistogram] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(LogHistogram)
+    )
+
+    def answered(self, tag: str, duration_ns: int) -> None:
+        """Count one answered request.
+
+        Args:
+            tag: Its type on the wire.
+            duration_ns: From its frame to its reply.
+        """
+        self.requests[tag] += 1
+        self.latencies[tag].record(duration_ns)
 
     def fetched(self, *, num_rows: int, num_bytes: int, gather_ns: int) -> None:
         """Count one gather."""
@@ -78,9 +103,10 @@ class Metrics:
         counters.gather_max_ns = max(counters.gather_max_ns, gather_ns)
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data: ``counters``, ``requests``, ``errors``."""
+        """Plain data: ``counters``, ``requests``, ``errors``, ``latencies``."""
         return {
             "counters": dataclasses.asdict(self.counters),
             "requests": dict(self.requests),
             "errors": dict(self.errors),
+            "latencies": {tag: latency.summary() for tag, latency in self.latencies.items()},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,13 @@ from memd.endpoint import Endpoint, remove_leftovers
 from memd.errors import MemdTimeout, MemdUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["MemdProcess", "spawn_memd"]
+
+_START_S = 60.0
+_SLOWEST_S_PER_BYTE = 2.0 / (1 << 30)
 
 
 class MemdProcess:
@@ -52,9 +57,11 @@ class MemdProcess:
         return self._child.poll()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ask the child to end, wait, and kill it when it does not end in time; idempotent."""
+        """Have the child end at once, wait, and kill it when it does not in time; idempotent."""
         if self._child.poll() is None:
-            self._child.terminate()
+            # Not SIGTERM, by which it would wait for clients to leave: whoever closes their memory
+            # is done with it.
+            self._child.send_signal(signal.SIGINT)
             try:
                 self._child.wait(timeout_s)
             except subprocess.TimeoutExpired:
@@ -65,14 +72,20 @@ class MemdProcess:
 
 
 def spawn_memd(
-    *, num_bytes: int, directory: Path | None = None, ready_timeout_s: float = 60.0
+    *,
+    num_bytes: int,
+    directory: Path | None = None,
+    ready_timeout_s: float | None = None,
+    options: Sequence[str] = (),
 ) -> MemdProcess:
     """Start a memd that serves this process and ends with it; returns when it is ready.
 
     Args:
         num_bytes: Size of its region.
         directory: Where its sockets go; created 0700 if missing. A new private one by default.
-        ready_timeout_s: Bound of the start, in seconds; allocating takes about a second for 4 GiB.
+        ready_timeout_s: Bound of the start, in seconds; by default one that a host reaches which
+            allocates half a GiB a second.
+        options: Further options of ``memd serve``.
 
     Raises:
         MemdUnavailable: It ended at once; its own message went to stderr and is repeated here.
@@ -83,7 +96,9 @@ def spawn_memd(
     endpoint = Endpoint.parse(f"ipc://{directory.absolute() / 'control.sock'}")
     command = [sys.executable, "-m", "memd", "serve"]
     command += ["--address", endpoint.address, "--bytes", str(num_bytes)]
-    command += ["--parent-pid", str(os.getpid())]
+    command += ["--parent-pid", str(os.getpid()), *options]
+    if ready_timeout_s is None:
+        ready_timeout_s = _START_S + num_bytes * _SLOWEST_S_PER_BYTE
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The shared memory: an anonymous, sealed, pre-faulted memfd.
+"""The shared memory: an anonymous, sealed, pre-touched memfd.
 
 It has no name anywhere, so nothing can be left behind: the kernel frees it when the daemon and the
 last client that maps it are gone, however they ended. It is sealed against resizing, so that no
@@ -9,96 +9,50 @@ never a crash later.
 
 from __future__ import annotations
 
-import concurrent.futures
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
-import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from memd import limits, numa
 from memd.config import format_bytes
 from memd.errors import ConfigError
+from memd.pretouch import pretouch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
-__all__ = ["HEADROOM_BYTES", "Region", "available_memory", "cgroup_headroom"]
+__all__ = ["HEADROOM_BYTES", "Region", "largest_lockable_region", "largest_region"]
 
 HEADROOM_BYTES = 128 << 20
 """Memory that a new region leaves to everybody else."""
 
-_CHUNK_BYTES = 64 << 20
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_MFD_NOEXEC_SEAL = 8
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# Locked at a time: some 30 ms in which no signal is handled.
+_LOCK_BYTES = 1 << 30
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mlock.restype = ctypes.c_int
 
 
-def available_memory(
-    *, meminfo: Path = Path("/proc/meminfo"), cgroup_root: Path = _CGROUP_ROOT
-) -> int:
-    """Bytes that this process could still allocate: the host's MemAvailable or its cgroup's limit.
-
-    Args:
-        meminfo: File in the form of ``/proc/meminfo``.
-        cgroup_root: Mount point of the cgroup file systems.
-    """
-    available = 0
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    headroom = cgroup_headroom(cgroup_root=cgroup_root)
-    return available if headroom is None else min(available, headroom)
+def largest_region() -> limits.Room:
+    """The largest region that fits now, and by which number."""
+    room = limits.memory_room()
+    return limits.Room(max(0, room.num_bytes - HEADROOM_BYTES), room.source)
 
 
-def cgroup_headroom(
-    *, own: Path = Path("/proc/self/cgroup"), cgroup_root: Path = _CGROUP_ROOT
-) -> int | None:
-    """Bytes up to the tightest memory limit of this process's cgroups; None without a limit.
-
-    Reads version 2 (``memory.max``) and version 1 (``memory.limit_in_bytes``), and walks up to the
-    root because a limit of any ancestor binds. Files in the page cache do not count as used: a
-    container that has just read a model is full of them, and the kernel drops them for us.
-
-    Args:
-        own: File in the form of ``/proc/self/cgroup``.
-        cgroup_root: Mount point of the cgroup file systems.
-    """
-    try:
-        entries = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return None
-    headrooms: list[int] = []
-    for _, controllers, path in entries:
-        if controllers == "":
-            top, limit_name, usage_name = cgroup_root, "memory.max", "memory.current"
-            cache_keys = ("active_file", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = cgroup_root / "memory"
-            limit_name, usage_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache_keys = ("total_active_file", "total_inactive_file")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for directory in (group, *group.parents):
-            if not directory.is_relative_to(top):
-                break
-            try:
-                limit = (directory / limit_name).read_text().strip()
-                usage = int((directory / usage_name).read_text())
-                stat = dict(
-                    line.split() for line in (directory / "memory.stat").read_text().splitlines()
-                )
-            except OSError:
-                continue
-            if limit != "max":
-                used = usage - sum(int(stat.get(key, 0)) for key in cache_keys)
-                headrooms.append(max(0, int(limit) - used))
-    return min(headrooms, default=None)
+def largest_lockable_region() -> int | None:
+    """The largest region that may be locked into memory, in bytes; None without a limit."""
+    allowed = limits.lockable_bytes()
+    return None if allowed is None else allowed - allowed % mmap.PAGESIZE
 
 
 class Region:
@@ -106,17 +60,21 @@ class Region:
 
     Args:
         num_bytes: Size; rounded down to whole memory pages.
-        should_stop: Asked between chunks of the pre-fault; True ends it with ``InterruptedError``.
-        progress: Called with the bytes that are ready, from several threads, one at a time.
+        nodes: NUMA nodes that it is spread over; empty: where the kernel likes.
+        lock: Whether it must never be swapped out.
+        should_stop: Asked between slices of the pre-touch; True ends it with ``InterruptedError``.
+        progress: Called with the bytes that are ready and all bytes, from several threads, one at a
+            time.
 
     Attributes:
         num_bytes: Size.
         fd: The memfd, to be handed to clients.
         memory: Every byte of it, uint8 [num_bytes], writable.
+        pretouched: How fast it was made.
 
     Raises:
-        ConfigError: The host or the cgroup has not that much memory; the message says how much it
-            has.
+        ConfigError: The host, the cgroup or the limit of locked memory has not that much; the
+            message says how much would fit.
         InterruptedError: ``should_stop`` said so.
     """
 
@@ -124,24 +82,25 @@ class Region:
         self,
         num_bytes: int,
         *,
+        nodes: Sequence[numa.Node] = (),
+        lock: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Callable[[int, int], None] = lambda num_ready, num_bytes: None,
     ) -> None:
         self.num_bytes = num_bytes - num_bytes % mmap.PAGESIZE
-        fits = max(0, available_memory() - HEADROOM_BYTES)
-        if self.num_bytes > fits:
-            raise ConfigError(
-                f"a region of {format_bytes(self.num_bytes)} does not fit: this host (or its "
-                f"cgroup) has room for {format_bytes(fits)}; ask for at most {fits} bytes"
-            )
-        self.fd = os.memfd_create("memd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._require_room(lock)
+        self.fd = _memfd()
         try:
             os.fchmod(self.fd, 0o600)
             os.ftruncate(self.fd, self.num_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, self.num_bytes)
             self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
-            self._prefault(should_stop, progress)
+            self.pretouched = pretouch(
+                self.memory, self.fd, nodes=nodes, should_stop=should_stop, progress=progress
+            )
+            if lock:
+                self._lock(should_stop)
         except BaseException:
             os.close(self.fd)
             raise
@@ -163,39 +122,52 @@ class Region:
             self.memory = np.empty(0, dtype=np.uint8)
             del self._mapping
 
-    def _prefault(self, should_stop: Callable[[], bool], progress: Callable[[int], None]) -> None:
-        """Allocate (posix_fallocate) and map (one touch a page) chunk by chunk, on several threads.
+    def placement(self) -> dict[int, int]:
+        """Bytes by NUMA node, empty where the kernel does not say; walks every page."""
+        return numa.placement(self.memory.ctypes.data, self.num_bytes)
 
-        Both steps leave the interpreter lock, and chunks keep the kernel's uninterruptible work
-        short.
-        """
-        lock, ready = threading.Lock(), 0
+    def _require_room(self, lock: bool) -> None:
+        largest = largest_region()
+        if self.num_bytes > largest.num_bytes:
+            raise ConfigError(
+                f"a region of {format_bytes(self.num_bytes)} does not fit: {largest.source} leaves "
+                f"room for {format_bytes(largest.num_bytes)}; ask for at most "
+                f"--bytes {largest.num_bytes}"
+            )
+        lockable = largest_lockable_region()
+        if lock and lockable is not None and self.num_bytes > lockable:
+            raise ConfigError(
+                f"--lock: RLIMIT_MEMLOCK lets this process lock {format_bytes(lockable)}, the "
+                f"region needs {self.num_bytes} bytes; raise it (systemd: "
+                f"LimitMEMLOCK={self.num_bytes}, Docker: --ulimit memlock={self.num_bytes}, shell: "
+                f"ulimit -l {-(-self.num_bytes // 1024)}), ask for at most --bytes {lockable}, or "
+                f"leave --lock out"
+            )
 
-        def fault(start: int) -> None:
-            nonlocal ready
+    def _lock(self, should_stop: Callable[[], bool]) -> None:
+        limits.raise_memlock_limit()
+        for start in range(0, self.num_bytes, _LOCK_BYTES):
             if should_stop():
-                raise InterruptedError("stopped while pre-faulting the region")
-            length = min(_CHUNK_BYTES, self.num_bytes - start)
-            try:
-                os.posix_fallocate(self.fd, start, length)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                    raise
+                raise InterruptedError("stopped while the region was locked")
+            length = min(_LOCK_BYTES, self.num_bytes - start)
+            if _libc.mlock(self.memory.ctypes.data + start, length) != 0:
+                reason = os.strerror(ctypes.get_errno())
                 raise ConfigError(
-                    f"the kernel gave only {format_bytes(ready)} of "
-                    f"{format_bytes(self.num_bytes)} of shared memory; ask for less"
-                ) from error
-            self.memory[start : start + length : mmap.PAGESIZE] = 0
-            with lock:
-                ready += length
-                progress(ready)
+                    f"--lock: the kernel locked {format_bytes(start)} of "
+                    f"{format_bytes(self.num_bytes)} ({reason}); raise RLIMIT_MEMLOCK to "
+                    f"{self.num_bytes} (rootless containers: on the host), or leave --lock out"
+                )
 
-        threads = max(1, min(16, len(os.sched_getaffinity(0))))
-        with concurrent.futures.ThreadPoolExecutor(threads, "memd-prefault") as pool:
-            futures = [pool.submit(fault, at) for at in range(0, self.num_bytes, _CHUNK_BYTES)]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+
+def _memfd() -> int:
+    """An empty memfd that can be sealed, and that nobody can run as a program.
+
+    Hosts with ``vm.memfd_noexec=2`` refuse all others; kernels before 6.3 do not know the flag.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("memd", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.memfd_create("memd", flags)

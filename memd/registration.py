@@ -12,7 +12,7 @@ import numpy as np
 
 from memd.channel import Channel, ZmqChannel, attach
 from memd.endpoint import Endpoint
-from memd.errors import MemdTimeout, MemdUnavailable, PoolFull, ProtocolError
+from memd.errors import MemdError, MemdTimeout, MemdUnavailable, PoolFull, ProtocolError
 from memd.protocol import (
     PROTOCOL_VERSION,
     ErrorCode,
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["Registration", "register"]
+
+# What a refused Hello means, but for the two sides not fitting each other.
+_ERRORS: dict[ErrorCode, type[MemdError]] = {
+    ErrorCode.POOL_FULL: PoolFull,
+    ErrorCode.DRAINING: MemdUnavailable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +110,7 @@ def _say_hello(channel: Channel, hello: Hello, *, deadline: float) -> HelloReply
         channel.wait(min(left, 0.1))
     reply = decode_reply(frame)
     if isinstance(reply, ErrorReply):
-        kind = PoolFull if reply.code is ErrorCode.POOL_FULL else ProtocolError
-        raise kind(reply.message)
+        raise _ERRORS.get(reply.code, ProtocolError)(reply.message)
     if not isinstance(reply, HelloReply):
         raise ProtocolError(f"memd answered Hello with {type(reply).__name__}")
     expected = (PROTOCOL_VERSION, hello.layout.row_bytes, hello.layout.page_bytes)

@@ -1,4 +1,6 @@
-"""The daemon's loop: sockets, deaths and signals around a ``Service``. One thread, no locks.
+"""The daemon's loop: what happens when, around a ``Service``. One thread, no locks.
+
+What other threads know of it they read from a noticeboard (``memd.probes``).
 
 Life of a client, as the loop sees it::
 
@@ -8,64 +10,62 @@ Life of a client, as the loop sees it::
     pidfd readable or attach connection closed ──> session closed, extent reclaimed, zeroed, free
 
 What the loop waits on: the ZeroMQ ROUTER, the attach listener, every attach connection, every
-client's pidfd, the parent's pidfd, and a pipe that signals write to. Returned memory is zeroed in
-small steps between two looks at those.
+client's pidfd, the parent's pidfd, and a pipe that signals write to. Rows are copied and returned
+memory is zeroed in small steps between two looks at those.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import zmq
 
-from memd.endpoint import (
-    Endpoint,
-    EndpointLock,
-    Peer,
-    is_allowed_peer,
-    peer_of,
-    private_directory,
-)
+from memd.attachments import Attachments
+from memd.config import format_bytes
+from memd.endpoint import Endpoint, EndpointLock, private_directory
 from memd.errors import ConfigError
+from memd.lifecycle import Lifecycle
+from memd.link import Link
 from memd.liveness import ProcessWatch
-from memd.protocol import PROTOCOL_VERSION, ErrorCode, ErrorReply, Welcome, encode
+from memd.noticeboard import Noticeboard
+from memd.numa import choose_nodes, read_nodes, running_cpu
 from memd.region import Region
 from memd.service import Service
 from memd.store import Store
 from memd.transfer import HostTransfer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
     from memd.config import MemdConfig
+    from memd.numa import Node
 
-__all__ = ["Server", "serve"]
+__all__ = ["Progress", "Server", "serve"]
 
 _LOG = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are ready and all bytes, from several threads, one at a time."""
 
 # Requests handled before the loop looks at the other sockets again.
 _BURST = 256
 # Replies that may wait for one client; more than that means that it does not read them.
 _MAX_QUEUED_REPLIES = 100_000
 _LINGER_MS = 500
+# What a scraper sees is at most twice this old.
+_NOTICE_INTERVAL_S = 0.5
 
 
-@dataclasses.dataclass
-class _Attachment:
-    """One process on the attach socket."""
-
-    connection: socket.socket
-    watch: ProcessWatch
-    session: bytes
-    hello_deadline: float
+def _no_progress(num_ready: int, num_bytes: int) -> None:
+    """Tells nobody."""
 
 
 class Server:
@@ -76,17 +76,22 @@ class Server:
 
     Args:
         config: Settings.
+        progress: Called while the region is made.
 
     Raises:
-        ConfigError: On entering: the address or the host's memory does not allow a start.
+        ConfigError: On entering: the address, the host's memory, its NUMA nodes or the metrics port
+            do not allow a start.
         InterruptedError: On entering: told to stop while the region was made.
     """
 
-    def __init__(self, config: MemdConfig) -> None:
+    def __init__(self, config: MemdConfig, *, progress: Progress = _no_progress) -> None:
         self._config = config
+        self._progress = progress
         self._endpoint = Endpoint.parse(config.address)
-        self._stop_reason: str | None = None
-        self._attachments: dict[int, _Attachment] = {}
+        self._lifecycle = Lifecycle(config.drain_s)
+        # Only with a metrics port: without readers there is nothing to wake up for.
+        self._board: Noticeboard | None = None
+        self._next_notice = 0.0
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Server:
@@ -98,29 +103,45 @@ class Server:
 
     def __exit__(self, *exc_info: object) -> None:
         """Stop to listen and give everything back."""
-        for attachment in list(self._attachments.values()):
-            self._detach(attachment, "memd ends", reclaim=False)
         self._resources.close()
 
     def stop(self, reason: str) -> None:
         """Make ``run`` return soon; may be called from a signal handler."""
-        self._stop_reason = self._stop_reason or reason
-        with contextlib.suppress(OSError, AttributeError):
-            self._wake_writer.send(b"\0")
+        self._lifecycle.end(reason)
+        self._wake()
+
+    def drain(self, reason: str) -> None:
+        """Take no new clients, and make ``run`` return when those that are there have left.
+
+        It returns after ``drain_s`` in any case, and at once when asked a second time. May be
+        called from a signal handler.
+        """
+        self._lifecycle.drain(reason)
+        self._wake()
 
     def run(self) -> None:
-        """Serve until ``stop`` is called or the parent process ends."""
+        """Serve until ``stop`` or ``drain`` ends it, or the parent process does."""
         more_to_scrub = False
-        while self._stop_reason is None:
-            events = dict(self._poller.poll(0 if more_to_scrub else self._timeout_ms()))
+        while not self._lifecycle.is_over:
+            is_idle = not (more_to_scrub or self._service.has_work)
+            events = dict(self._poller.poll(self._timeout_ms() if is_idle else 0))
+            if self._wake_reader.fileno() in events:
+                self._sleep_again()
             if self._router in events:
                 self._serve_requests()
             for fd in events:
                 if isinstance(fd, int):
-                    self._on_fd(fd)
-            self._check_time()
-            more_to_scrub = self._service.scrub(self._config.scrub_bytes)
-        _LOG.info("stopping: %s", self._stop_reason)
+                    self._attachments.on_readable(fd)
+            for sender, reply in self._service.step():
+                self._send(sender, reply)
+            self._attachments.check_time()
+            self._look_after_parent()
+            self._follow_lifecycle()
+            self._post_notice()
+            # Clients wait for copies, and nobody for this.
+            if not self._service.has_work:
+                more_to_scrub = self._service.scrub(self._config.scrub_bytes)
+        _LOG.info("stopping: %s", self._lifecycle.end_reason)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         config, endpoint = self._config, self._endpoint
@@ -135,30 +156,59 @@ class Server:
         self._parent: ProcessWatch | None = None
         if config.parent_pid is not None:
             self._parent = stack.enter_context(ProcessWatch(config.parent_pid))
+        if config.metrics_port:
+            # First of all that can be seen, so that a supervisor can watch the start.
+            self._board = Noticeboard()
+            self._post_start(0, config.region_bytes)
+            stack.enter_context(_probes(config.metrics_port, self._board))
 
         directory = endpoint.control.parent
         if private_directory(directory):
             stack.callback(self._remove_directory)
         stack.enter_context(EndpointLock(endpoint))
+        self._make_region(stack)
+        self._poller = zmq.Poller()
+        self._poller.register(wake_reader.fileno(), zmq.POLLIN)
+        if self._parent is not None and self._parent.fileno() is not None:
+            self._poller.register(self._parent.fileno(), zmq.POLLIN)
+        self._listen(stack)
+        if self._should_stop():
+            raise InterruptedError("stopped when it was about to listen")
+        self._lifecycle.ready()
+        self._post_notice()
 
-        begin = time.monotonic()
-        region = stack.enter_context(
-            Region(config.region_bytes, should_stop=self._should_stop, progress=self._on_progress)
+    def _make_region(self, stack: contextlib.ExitStack) -> None:
+        config = self._config
+        nodes = choose_nodes(config.numa, read_nodes(), running_cpu())
+        region = self._region = stack.enter_context(
+            Region(
+                config.region_bytes,
+                nodes=nodes,
+                lock=config.lock,
+                should_stop=self._should_stop,
+                progress=self._on_progress,
+            )
         )
-        self._region = region
-        _LOG.info("%d bytes ready after %.2f s", region.num_bytes, time.monotonic() - begin)
+        _log_region(region, is_locked=config.lock)
+        if nodes:
+            _log_placement(region.placement(), nodes)
+        self._store = Store(region.num_bytes)
         self._service = Service(
-            Store(region.num_bytes),
-            HostTransfer(region.memory),
-            address=endpoint.address,
+            self._store,
+            stack.enter_context(HostTransfer(region.memory)),
+            address=self._endpoint.address,
+            delay=_link(config),
+            max_client_bytes=config.client_bytes,
             max_frame_bytes=config.max_frame_bytes,
         )
         stack.callback(self._drop_service)
 
-        self._listener = stack.enter_context(
+    def _listen(self, stack: contextlib.ExitStack) -> None:
+        endpoint, config = self._endpoint, self._config
+        listener = stack.enter_context(
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         )
-        self._listener.bind(os.fspath(endpoint.attach))
+        listener.bind(os.fspath(endpoint.attach))
         os.chmod(endpoint.attach, 0o600)
         context = zmq.Context(io_threads=1)
         stack.callback(context.destroy, linger=_LINGER_MS)
@@ -172,24 +222,24 @@ class Server:
         self._router.setsockopt(zmq.MAXMSGSIZE, 4 * config.max_frame_bytes)
         self._router.bind(endpoint.address)
         os.chmod(endpoint.control, 0o600)
-        # Attaching is the first thing a client does, so it opens last.
-        self._listener.listen(config.max_clients)
-
-        self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._listener.fileno(), zmq.POLLIN)
-        self._poller.register(wake_reader.fileno(), zmq.POLLIN)
-        if self._parent is not None and self._parent.fileno() is not None:
-            self._poller.register(self._parent.fileno(), zmq.POLLIN)
+        # Attaching is the first thing a client does, so it opens last.
+        listener.listen(config.max_clients)
+        self._attachments = stack.enter_context(
+            Attachments(listener, self._poller, self._service, self._region, config)
+        )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the loop for the time of this context."""
+        """SIGTERM drains and SIGINT stops the loop for the time of this context."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             del frame
-            self.stop(signal.Signals(number).name)
+            (self.drain if number == signal.SIGTERM else self.stop)(signal.Signals(number).name)
 
+        # Python calls the handler only once the loop runs again. What makes it run, also if the
+        # signal came just before it fell asleep, is the byte that the kernel's handler writes here.
+        previous_fd = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -198,14 +248,67 @@ class Server:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self._wake_writer.send(b"\0")
+
+    def _sleep_again(self) -> None:
+        """Take what woke the loop up; the signal's handler has run by now."""
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_reader.recv(64):
+                pass
+
+    def _look_after_parent(self) -> None:
+        if self._parent is not None and self._parent.is_dead:
+            self._lifecycle.end("its parent process has ended")
 
     def _should_stop(self) -> bool:
-        if self._parent is not None and self._parent.is_dead:
-            self._stop_reason = self._stop_reason or "its parent process has ended"
-        return self._stop_reason is not None
+        self._look_after_parent()
+        return self._lifecycle.is_over
 
-    def _on_progress(self, num_ready: int) -> None:
-        _LOG.debug("%d of %d bytes ready", num_ready, self._config.region_bytes)
+    def _on_progress(self, num_ready: int, num_bytes: int) -> None:
+        self._progress(num_ready, num_bytes)
+        self._post_start(num_ready, num_bytes)
+
+    def _post_start(self, num_ready: int, num_bytes: int) -> None:
+        if self._board is not None:
+            daemon = {
+                "pid": os.getpid(),
+                "address": self._endpoint.address,
+                "state": self._lifecycle.state,
+            }
+            region = {"bytes": num_bytes, "ready_bytes": num_ready}
+            self._board.post({"daemon": daemon, "region": region})
+
+    def _follow_lifecycle(self) -> None:
+        """Tell the service and the log when the daemon begins to drain; notice when it has."""
+        lifecycle = self._lifecycle
+        num_clients = len(self._store.clients)
+        if self._service.state is not lifecycle.state:
+            self._service.state = lifecycle.state
+            self._next_notice = 0.0
+            if num_clients:
+                _LOG.info(
+                    "%s: %s; %d client(s) may go on for %g s, a second SIGTERM ends at once",
+                    lifecycle.state,
+                    lifecycle.drain_reason,
+                    num_clients,
+                    self._config.drain_s,
+                    extra={"clients": num_clients},
+                )
+        lifecycle.check(num_clients)
+
+    def _post_notice(self) -> None:
+        """Let the metrics port know what there is, twice a second."""
+        if self._board is None:
+            return
+        self._board.beat()
+        now = time.monotonic()
+        if now >= self._next_notice:
+            self._next_notice = now + _NOTICE_INTERVAL_S
+            self._board.post(self._service.stats())
 
     def _remove_directory(self) -> None:
         # Somebody else's file in it is no reason to fail at the very end.
@@ -218,108 +321,16 @@ class Server:
 
     def _timeout_ms(self) -> int | None:
         """How long the loop may sleep: for ever, unless something has to be polled or is due."""
-        needs_polling = (self._parent is not None and self._parent.fileno() is None) or any(
-            attachment.watch.fileno() is None
-            or not self._service.has_said_hello(attachment.session)
-            for attachment in self._attachments.values()
-        )
-        return int(self._config.watch_interval_s * 1000) if needs_polling else None
-
-    def _check_time(self) -> None:
-        """What no descriptor reports: deaths without a pidfd, clients that never say Hello."""
-        if self._parent is not None and self._parent.is_dead:
-            self.stop("its parent process has ended")
         now = time.monotonic()
-        for attachment in list(self._attachments.values()):
-            if attachment.watch.fileno() is None and attachment.watch.is_dead:
-                self._detach(attachment, "its process ended")
-            elif now > attachment.hello_deadline and not self._service.has_said_hello(
-                attachment.session
-            ):
-                self._detach(attachment, "it never said Hello")
-
-    def _on_fd(self, fd: int) -> None:
-        if fd == self._wake_reader.fileno():
-            with contextlib.suppress(BlockingIOError):
-                while self._wake_reader.recv(64):
-                    pass
-        elif fd == self._listener.fileno():
-            self._accept()
-        elif fd in self._attachments:
-            attachment = self._attachments[fd]
-            if fd == attachment.watch.fileno():
-                self._detach(attachment, "its process ended")
-            else:
-                self._on_attach_readable(attachment)
-
-    def _on_attach_readable(self, attachment: _Attachment) -> None:
-        """A client never speaks on the attach socket: readable means closed; words are ignored."""
-        try:
-            said = attachment.connection.recv(64)
-        except BlockingIOError:
-            return
-        except OSError:
-            said = b""
-        if not said:
-            self._detach(attachment, "its attach connection closed")
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            _LOG.warning("accept: %s", error)
-            return
-        connection.setblocking(False)
-        peer = peer_of(connection)
-        refusal = self._refusal(peer)
-        if refusal is not None:
-            counters = self._service.metrics.counters
-            counters.peers_refused += 1
-            if counters.peers_refused == 1:
-                _LOG.warning(
-                    "refused pid %d (further ones are only counted): %s", peer.pid, refusal
-                )
-            answer = ErrorReply(request_id=None, code=ErrorCode.PEER_REFUSED, message=refusal)
-            with connection, contextlib.suppress(OSError):
-                connection.send(encode(answer))
-            return
-        attachment = _Attachment(
-            connection=connection,
-            watch=ProcessWatch(peer.pid),
-            session=self._service.open_session(peer.pid),
-            hello_deadline=time.monotonic() + self._config.hello_grace_s,
-        )
-        for fd in (connection.fileno(), attachment.watch.fileno()):
-            if fd is not None:
-                self._attachments[fd] = attachment
-                self._poller.register(fd, zmq.POLLIN)
-        welcome = Welcome(
-            version=PROTOCOL_VERSION,
-            session=attachment.session,
-            pid=os.getpid(),
-            region_bytes=self._region.num_bytes,
-        )
-        try:
-            socket.send_fds(connection, [encode(welcome)], [self._region.fd])
-        except OSError as error:
-            self._detach(attachment, f"its attach connection failed: {error}")
-
-    def _refusal(self, peer: Peer) -> str | None:
-        if not is_allowed_peer(peer, own_uid=os.geteuid()):
-            return f"memd serves user {os.geteuid()} only, this process is user {peer.uid}'s"
-        num_attached = len({id(attachment) for attachment in self._attachments.values()})
-        if num_attached >= self._config.max_clients:
-            return f"{num_attached} processes are attached already, the limit is max_clients"
-        return None
-
-    def _detach(self, attachment: _Attachment, reason: str, *, reclaim: bool = True) -> None:
-        for fd in (attachment.connection.fileno(), attachment.watch.fileno()):
-            if fd is not None and self._attachments.pop(fd, None) is not None:
-                self._poller.unregister(fd)
-        attachment.connection.close()
-        attachment.watch.close()
-        if reclaim:
-            self._service.close_session(attachment.session, reason)
+        dues = [self._service.next_due(), self._lifecycle.drain_deadline]
+        if self._board is not None:
+            dues.append(self._next_notice)
+        must_ask_for_parent = self._parent is not None and self._parent.fileno() is None
+        if must_ask_for_parent or self._attachments.needs_polling:
+            dues.append(now + self._config.watch_interval_s)
+        first = min((due for due in dues if due is not None), default=None)
+        # Rounded down: the last part of a millisecond is spent looking.
+        return None if first is None else max(0, int((first - now) * 1000))
 
     def _serve_requests(self) -> None:
         for _ in range(_BURST):
@@ -330,22 +341,38 @@ class Server:
             # Anything but [sender, frame] is answered as the malformed request that it is.
             sender, frame = frames[0], frames[1] if len(frames) == 2 else b""
             reply = self._service.handle(sender, frame)
-            try:
-                self._router.send_multipart([sender, reply], zmq.NOBLOCK)
-            except zmq.ZMQError as error:
-                # It left (its attach connection tells the rest) or does not read its replies.
-                self._service.metrics.counters.replies_dropped += 1
-                _LOG.debug("a reply found no reader: %s", error)
+            if reply is not None:
+                self._send(sender, reply)
+
+    def _send(self, sender: bytes, reply: bytes) -> None:
+        try:
+            self._router.send_multipart([sender, reply], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # It left (its attach connection tells the rest) or does not read its replies.
+            self._service.metrics.counters.replies_dropped += 1
+            _LOG.debug("a reply found no reader: %s", error)
 
 
-def serve(config: MemdConfig) -> None:
+def _link(config: MemdConfig) -> Link | None:
+    """The interconnect to imitate; None for none."""
+    if not (config.link_gbps or config.link_latency_us):
+        return None
+    return Link(config.link_gbps, config.link_latency_us)
+
+
+def serve(config: MemdConfig, *, progress: Progress = _no_progress) -> None:
     """Run a daemon in this process until a signal or its parent's end; print ``READY`` first.
 
+    Args:
+        config: Settings.
+        progress: Called while the region is made.
+
     Raises:
-        ConfigError: The address or the host's memory does not allow a start.
+        ConfigError: The address, the host's memory, its NUMA nodes or the metrics port do not allow
+            a start.
     """
     try:
-        with Server(config) as server:
+        with Server(config, progress=progress) as server:
             # The one line on stdout: scripts and parents wait for it.
             os.write(1, f"READY {config.address}\n".encode())
             server.run()
@@ -353,3 +380,41 @@ def serve(config: MemdConfig) -> None:
         _LOG.info("stopped before it was ready: %s", error)
     except OSError as error:
         raise ConfigError(f"cannot serve {config.address}: {error}") from error
+
+
+def _probes(port: int, board: Noticeboard) -> contextlib.AbstractContextManager[object]:
+    # Only here: asyncio takes as long to import as everything else together.
+    from memd.probes import Probes
+
+    return Probes(port, board)
+
+
+def _log_region(region: Region, *, is_locked: bool) -> None:
+    made = region.pretouched
+    _LOG.info(
+        "%s ready after %.2f s: %.1f GiB/s by %s on %d thread(s)%s",
+        format_bytes(region.num_bytes),
+        made.seconds,
+        made.gib_per_s,
+        made.method,
+        made.num_threads,
+        ", locked" if is_locked else "",
+        extra={
+            "region_bytes": region.num_bytes,
+            "pretouch_s": round(made.seconds, 3),
+            "pretouch_gib_per_s": round(made.gib_per_s, 2),
+        },
+    )
+
+
+def _log_placement(placed: dict[int, int], wanted: Sequence[Node]) -> None:
+    """Say where the memory lies; the kernel goes elsewhere without a word when a node is full."""
+    strayed = sorted(set(placed) - {node.node_id for node in wanted})
+    by_node = ", ".join(f"node {node}: {format_bytes(count)}" for node, count in placed.items())
+    _LOG.log(
+        logging.WARNING if strayed else logging.INFO,
+        "placed on %s%s",
+        by_node or "nodes that the kernel does not name",
+        "; the wanted nodes were full" if strayed else "",
+        extra={"node_bytes": placed},
+    )

@@ -6,7 +6,9 @@ The verbs of a page, in the order of its life::
                           \\____________release____________/
 
 RESERVED pages are the client's to write, and nobody may read them. SEALED pages are complete, and
-only they may be fetched. SPILLED is set aside for a disk tier and is not used yet.
+only they may be fetched. A page that a fetch still reads is *pinned*; released meanwhile it is
+LEAVING, and FREE once nobody reads it any more. SPILLED is set aside for a disk tier and is not
+used yet.
 
 An extent has one owner at a time. When it comes back it is *dirty* until the server has zeroed it,
 and only then can another client get it: no client ever sees another's bytes.
@@ -52,6 +54,7 @@ class PageState(enum.IntEnum):
     RESERVED = 1
     SEALED = 2
     SPILLED = 3
+    LEAVING = 4
 
 
 class PageTable:
@@ -66,6 +69,8 @@ class PageTable:
             raise ValueError(f"num_pages must be at least 1, got {num_pages}")
         self.num_pages = num_pages
         self._states = np.zeros(num_pages, dtype=np.uint8)
+        # Fetches that still read each page.
+        self._pins = np.zeros(num_pages, dtype=np.uint32)
         self._counts = dict.fromkeys(PageState, 0)
         self._counts[PageState.FREE] = num_pages
 
@@ -99,19 +104,35 @@ class PageTable:
         self._move(ids, PageState.RESERVED, PageState.SEALED)
 
     def release(self, page_ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
-        """Free reserved or sealed pages.
+        """Free reserved or sealed pages; those that are pinned become free with their last pin.
 
         Raises:
             OutOfRange: An id is not a page of this client, or is named twice.
-            WrongState: A page is already FREE.
+            WrongState: A page was released already.
         """
         ids = self._checked(page_ids)
         states = self._states[ids]
-        wrong = ids[states == PageState.FREE]
+        wrong = ids[(states == PageState.FREE) | (states == PageState.LEAVING)]
         if wrong.size:
             raise WrongState(self._describe("release needs pages that are held", wrong))
+        is_pinned = self._pins[ids] > 0
+        self._move(ids[is_pinned], PageState.SEALED, PageState.LEAVING)
         for state in (PageState.RESERVED, PageState.SEALED, PageState.SPILLED):
-            self._move(ids[states == state], state, PageState.FREE)
+            self._move(ids[(states == state) & ~is_pinned], state, PageState.FREE)
+
+    def pin(self, page_ids: npt.NDArray[np.int64]) -> None:
+        """Keep sealed pages as they are until `unpin`.
+
+        Args:
+            page_ids: Each once; the caller has checked that they are SEALED.
+        """
+        self._pins[page_ids] += 1
+
+    def unpin(self, page_ids: npt.NDArray[np.int64]) -> None:
+        """Take back one `pin` of each page; those that are LEAVING and have no other are free."""
+        self._pins[page_ids] -= 1
+        is_gone = (self._pins[page_ids] == 0) & (self._states[page_ids] == PageState.LEAVING)
+        self._move(page_ids[is_gone], PageState.LEAVING, PageState.FREE)
 
     def require_sealed(self, page_ids: npt.NDArray[np.int64]) -> None:
         """Check that all pages (any number of repetitions, all in range) are SEALED.
@@ -127,7 +148,7 @@ class PageTable:
             raise WrongState(self._describe("only SEALED pages are readable", wrong))
 
     def check_integrity(self) -> None:
-        """Verify that the counts are those of the states.
+        """Verify that the counts are those of the states, and that only readable pages are pinned.
 
         Raises:
             IntegrityError: They are not.
@@ -140,6 +161,11 @@ class PageTable:
                 )
         if len(found) != len(PageState):
             raise IntegrityError("a page is in no known state")
+        is_held = (self._states == PageState.SEALED) | (self._states == PageState.LEAVING)
+        if self._pins[~is_held].any():
+            raise IntegrityError("a page is pinned that nobody may read")
+        if not self._pins[self._states == PageState.LEAVING].all():
+            raise IntegrityError("a page is leaving and nobody reads it")
 
     def _move(self, ids: npt.NDArray[np.int64], old: PageState, new: PageState) -> None:
         self._states[ids] = new

@@ -74,7 +74,11 @@ class _Loop:
                 )
                 self.replies.append(encode(refusal))
             else:
-                self.replies.append(self._service.handle(_CONNECTION, frame))
+                reply = self._service.handle(_CONNECTION, frame)
+                if reply is not None:
+                    self.replies.append(reply)
+                while self._service.has_work:
+                    self.replies.extend(reply for _, reply in self._service.step())
 
     def peer_has_closed(self) -> bool:
         return self.is_dead
@@ -137,7 +141,9 @@ class FakeMemd(MemdClient):
             landing_bytes=landing_rows * layout.row_bytes,
             name="fake",
         )
-        hello = decode_reply(service.handle(_CONNECTION, encode(request)))
+        welcome = service.handle(_CONNECTION, encode(request))
+        assert welcome is not None, "Hello is answered at once"
+        hello = decode_reply(welcome)
         assert isinstance(hello, HelloReply), hello
         loop = _Loop(service)
         fake = cls(

@@ -3,8 +3,9 @@
 A frame is one MessagePack map. Its ``type`` key is the tag and its other keys are the field names,
 so that any MessagePack library can speak to memd (``docs/memd.md`` shows the maps). Rules:
 
-- every request gets exactly one reply that carries its ``request_id``, in the order of the
-  requests;
+- every request gets exactly one reply that carries its ``request_id``; requests take effect in
+  their order, and so do replies come, but for those of fetches: a fetch that waits for its turn is
+  answered when its rows have landed, in the order of the client's fetches;
 - a tag is never reused, a field never changes its meaning, a new field has a default;
 - nothing on the wire is code: a typed decoder reads frames, and unknown tags are refused.
 
@@ -89,8 +90,14 @@ class ErrorCode(enum.StrEnum):
     """A page id, a row index or a landing row lies outside the client's extent."""
     WRONG_STATE = "wrong_state"
     """A page is not in the state that the request needs, for example a fetch of an unsealed one."""
+    QUOTA = "quota"
+    """``Hello`` asks for more than one client may have."""
+    TOO_MANY = "too_many"
+    """The client has too many fetches in flight."""
     PEER_REFUSED = "peer_refused"
     """The process on the attach socket has another user id, or there are too many of them."""
+    DRAINING = "draining"
+    """memd is ending: it goes on for the clients it has and takes no new ones."""
     INTERNAL = "internal"
     """memd failed; it logs the reason and goes on."""
 

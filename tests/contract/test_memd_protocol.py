@@ -176,7 +176,10 @@ def test_error_codes_are_golden() -> None:
         "pool_full",
         "out_of_range",
         "wrong_state",
+        "quota",
+        "too_many",
         "peer_refused",
+        "draining",
         "internal",
     ]
 

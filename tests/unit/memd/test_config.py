@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
+from memd.__main__ import main
 from memd.config import (
     MemdConfig,
     default_address,
@@ -53,22 +56,42 @@ def test_good_settings_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
+    ("setting", "value", "name"),
     [
-        ("region_bytes", 100),
-        ("parent_pid", -1),
-        ("max_clients", 0),
-        ("max_frame_bytes", 10),
-        ("max_frame_bytes", 1 << 40),
-        ("hello_grace_s", 0.0),
-        ("watch_interval_s", -1.0),
-        ("scrub_bytes", 1),
+        ("region_bytes", 100, "--bytes"),
+        ("numa", "everywhere", "--numa"),
+        ("parent_pid", -1, "--parent-pid"),
+        ("parent_pid", 0, "--parent-pid"),
+        ("max_clients", 0, "--max-clients"),
+        ("client_bytes", -1, "--client-bytes"),
+        ("drain_s", -1.0, "--drain-s"),
+        ("drain_s", 4000.0, "--drain-s"),
+        ("drain_s", float("nan"), "--drain-s"),
+        ("metrics_port", -1, "--metrics-port"),
+        ("metrics_port", 65536, "--metrics-port"),
+        ("log_level", "loud", "--log-level"),
+        ("log_format", "xml", "--log-format"),
+        ("max_frame_bytes", 10, "max_frame_bytes"),
+        ("max_frame_bytes", 1 << 40, "max_frame_bytes"),
+        ("hello_grace_s", 0.0, "hello_grace_s"),
+        ("watch_interval_s", -1.0, "watch_interval_s"),
+        ("scrub_bytes", 1, "scrub_bytes"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name_with_its_value(setting: str, value: float) -> None:
+def test_a_bad_setting_is_refused_by_its_flag_with_value_and_remedy(
+    setting: str, value: object, name: str
+) -> None:
     good = {"address": "ipc:///run/x/y.sock", "region_bytes": 1 << 20}
-    with pytest.raises(ConfigError, match=f"{setting} must be .*got {value}"):
+    with pytest.raises(ConfigError, match=rf"^{name} must be .+, got {value}; .+"):
         MemdConfig(**{**good, setting: value})
+
+
+def test_every_flag_of_serve_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    flags = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    settings = {field.name.replace("_", "-") for field in dataclasses.fields(MemdConfig)}
+    assert flags - {"bytes"} <= settings
 
 
 def test_a_bad_address_is_refused() -> None:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from memd.endpoint import (
     EndpointLock,
     Peer,
     is_allowed_peer,
+    lock_holder,
     peer_of,
     private_directory,
     remove_leftovers,
@@ -124,6 +126,30 @@ def test_a_lock_on_a_removed_file_is_no_lock(
         assert endpoint.lock.exists()
         with pytest.raises(ConfigError, match="another memd"):
             EndpointLock(endpoint)
+
+
+def test_a_taken_endpoint_tells_by_whom(tmp_path: Path) -> None:
+    endpoint = Endpoint(tmp_path / "s")
+    assert lock_holder(endpoint) is None
+    with EndpointLock(endpoint):
+        assert lock_holder(endpoint) == os.getpid()
+    assert lock_holder(endpoint) is None
+
+
+def test_a_killed_daemons_lock_is_nobodys(tmp_path: Path) -> None:
+    endpoint = Endpoint(tmp_path / "s")
+    endpoint.lock.write_text("123\n")
+    assert lock_holder(endpoint) is None
+
+
+def test_looking_for_the_holder_does_not_keep_a_daemon_from_starting(tmp_path: Path) -> None:
+    endpoint = Endpoint(tmp_path / "s")
+    endpoint.lock.touch()
+    looking = endpoint.lock.open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.02, looking.close).start()
+    with EndpointLock(endpoint):
+        assert lock_holder(endpoint) == os.getpid()
 
 
 @pytest.mark.parametrize(

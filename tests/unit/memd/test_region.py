@@ -1,20 +1,20 @@
 from __future__ import annotations
 
+import errno
 import fcntl
+import gc
 import mmap
 import os
 import stat
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 import memd.region
+from memd import limits
 from memd.errors import ConfigError
-from memd.region import HEADROOM_BYTES, Region, available_memory, cgroup_headroom
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from memd.limits import Room
+from memd.region import HEADROOM_BYTES, Region
 
 SIZE = (130 << 20) + 5
 
@@ -54,12 +54,17 @@ def test_the_memory_outlives_the_region_where_it_is_mapped() -> None:
     os.close(fd)
 
 
+def test_how_it_was_made_is_told() -> None:
+    with Region(SIZE) as region:
+        assert region.pretouched.num_bytes == region.num_bytes
+        placed = region.placement()
+        assert not placed or sum(placed.values()) == region.num_bytes
+
+
 def test_progress_ends_with_everything() -> None:
-    seen: list[int] = []
-    with Region(SIZE, progress=seen.append) as region:
-        assert seen == sorted(seen)
-        assert seen[-1] == region.num_bytes
-        assert len(seen) == 3
+    seen: list[tuple[int, int]] = []
+    with Region(SIZE, progress=lambda ready, total: seen.append((ready, total))) as region:
+        assert seen[-1] == (region.num_bytes, region.num_bytes)
 
 
 def test_the_start_can_be_interrupted() -> None:
@@ -70,68 +75,73 @@ def test_the_start_can_be_interrupted() -> None:
 def test_a_region_that_does_not_fit_is_refused_with_the_size_that_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memd.region, "available_memory", lambda: HEADROOM_BYTES + 12345)
-    with pytest.raises(ConfigError, match="at most 12345 bytes"):
+    room = Room(HEADROOM_BYTES + 12345, "/sys/fs/cgroup/a/memory.max")
+    monkeypatch.setattr(limits, "memory_room", lambda: room)
+    with pytest.raises(ConfigError, match=r"a/memory.max leaves .* at most --bytes 12345"):
         Region(1 << 20)
 
 
-def test_memory_that_ends_while_it_is_allocated_is_a_refusal(
+def test_locking_more_than_allowed_is_refused_with_the_limit_that_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(fd: int, offset: int, length: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(ConfigError, match="gave only 0 B of 1 MiB"):
-        Region(1 << 20)
+    monkeypatch.setattr(limits, "lockable_bytes", lambda: (64 << 10) + 5)
+    with pytest.raises(ConfigError, match=r"LimitMEMLOCK=1048576,.* at most --bytes 65536"):
+        Region(1 << 20, lock=True)
+    Region(1 << 20).close()
 
 
-def test_the_hosts_memory_is_read(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   64 kB\n")
-    found = available_memory(meminfo=tmp_path / "meminfo", cgroup_root=tmp_path / "none")
-    assert found == 64 << 10
+def test_a_kernel_that_does_not_lock_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def mlock(self, address: int, length: int) -> int:
+            del address, length
+            return -1
+
+    monkeypatch.setattr(limits, "lockable_bytes", lambda: None)
+    monkeypatch.setattr(limits, "raise_memlock_limit", lambda: None)
+    monkeypatch.setattr(memd.region, "_libc", Kernel())
+    with pytest.raises(ConfigError, match=r"--lock: the kernel locked 0 B of 1 MiB"):
+        Region(1 << 20, lock=True)
 
 
-def cgroup(directory: Path, **files: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name.replace("__", ".")).write_text(text + "\n" if text else "")
+@pytest.mark.skipif(
+    (limits.lockable_bytes() or 1 << 20) < 1 << 20, reason="this user may not lock a MiB"
+)
+def test_a_locked_region_is_counted_as_locked_by_the_kernel() -> None:
+    def locked_kib() -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmLck:"))
+
+    before = locked_kib()
+    with Region(1 << 20, lock=True):
+        assert locked_kib() - before == 1024
 
 
-def test_the_tightest_limit_of_all_ancestors_binds_in_version_2(tmp_path: Path) -> None:
-    (tmp_path / "own").write_text("0::/a/b\n")
-    cgroup(tmp_path / "fs" / "a", memory__max="1000", memory__current="400", memory__stat="x 1")
-    cgroup(tmp_path / "fs" / "a" / "b", memory__max="max", memory__current="10", memory__stat="")
-    headroom = cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs")
-    assert headroom == 600
+def test_a_kernel_that_does_not_know_the_seal_against_execution_makes_a_region(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create = os.memfd_create
+
+    def old_create(name: str, flags: int) -> int:
+        if flags & ~(os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING):
+            raise OSError(errno.EINVAL, "unknown flag")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", old_create)
+    Region(1 << 20).close()
 
 
-def test_the_memory_controller_is_found_in_version_1(tmp_path: Path) -> None:
-    (tmp_path / "own").write_text("9:name=systemd:/x\n4:memory:/a\n0::/\n")
-    group = tmp_path / "fs" / "memory" / "a"
-    cgroup(
-        group, memory__limit_in_bytes="500", memory__usage_in_bytes="600", memory__stat="cache 9"
-    )
-    assert cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs") == 0
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_region_that_cannot_be_made_leaves_no_descriptor(
+    lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def num_fds() -> int:
+        return len(os.listdir("/proc/self/fd"))
 
-
-def test_cached_files_do_not_count_as_used(tmp_path: Path) -> None:
-    (tmp_path / "own").write_text("0::/a\n")
-    cgroup(
-        tmp_path / "fs" / "a",
-        memory__max="1000",
-        memory__current="900",
-        memory__stat="anon 200\ninactive_file 300\nactive_file 400",
-    )
-    headroom = cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs")
-    assert headroom == 800
-
-
-def test_no_limit_is_none(tmp_path: Path) -> None:
-    (tmp_path / "own").write_text("0::/\n")
-    assert cgroup_headroom(own=tmp_path / "own", cgroup_root=tmp_path / "fs") is None
-    assert cgroup_headroom(own=tmp_path / "missing") is None
-
-
-def test_this_hosts_memory_is_some() -> None:
-    assert available_memory() > 1 << 20
+    gc.collect()
+    before = num_fds()
+    stop_at = [False, True] if lock else [True]
+    with pytest.raises(InterruptedError):
+        Region(1 << 20, lock=lock, should_stop=lambda: stop_at.pop(0) if stop_at else True)
+    # The exception's traceback holds on to the mapping, and the mapping to a descriptor.
+    gc.collect()
+    assert num_fds() == before

@@ -43,7 +43,10 @@ class Daemon:
 
     def __init__(self, **options: Any) -> None:
         self.region = np.zeros(REGION_BYTES, dtype=np.uint8)
-        self.service = Service(Store(REGION_BYTES), HostTransfer(self.region), **options)
+        self.now = 0.0
+        self.service = Service(
+            Store(REGION_BYTES), HostTransfer(self.region), clock=lambda: self.now, **options
+        )
 
     def ask(self, request: Any, connection: bytes = b"c") -> Any:
         return decode_reply(self.service.handle(connection, encode(request)))
@@ -305,6 +308,7 @@ def test_stats_are_plain_data_with_the_documented_keys(client: Daemon) -> None:
         "counters",
         "requests",
         "errors",
+        "latencies",
         "integrity",
     ]
     assert stats["integrity"] == "ok"
@@ -313,6 +317,13 @@ def test_stats_are_plain_data_with_the_documented_keys(client: Daemon) -> None:
     (record,) = stats["clients"]
     assert (record["pages_free"], record["pages_reserved"], record["pages_sealed"]) == (1, 1, 2)
     assert record["pid"] == 5
+
+
+def test_stats_tell_how_long_a_client_has_been_silent(client: Daemon) -> None:
+    client.now = 60.0
+    assert client.service.stats()["clients"][0]["silent_s"] == 60.0
+    client.ask(Reserve(request_id=3, num_pages=0))
+    assert client.service.stats()["clients"][0]["silent_s"] == 0.0
 
 
 def test_a_broken_invariant_is_told_in_the_stats(client: Daemon) -> None:

@@ -1,0 +1,206 @@
+"""Who is attached: the processes at the attach socket, from their first byte to their end.
+
+A process that connects is told who it must be (this user's, one of at most ``max_clients``), gets a
+session and the region's descriptor, and is watched from then on by its pidfd and its connection.
+Whichever of the two says first that it is gone closes its session. What a session means is the
+service's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import zmq
+
+from memd.endpoint import Peer, is_allowed_peer, peer_of
+from memd.lifecycle import DaemonState
+from memd.liveness import ProcessWatch
+from memd.protocol import PROTOCOL_VERSION, ErrorCode, ErrorReply, Welcome, encode
+
+if TYPE_CHECKING:
+    from memd.config import MemdConfig
+    from memd.region import Region
+    from memd.service import Service
+
+__all__ = ["Attachments"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Attachment:
+    """One process on the attach socket."""
+
+    connection: socket.socket
+    watch: ProcessWatch
+    session: bytes
+    hello_deadline: float
+
+
+class Attachments:
+    """All attached processes; a context manager, which lets go of them.
+
+    Args:
+        listener: The attach socket, listening; stays the caller's.
+        poller: Where descriptors are registered for the time that they are open.
+        service: Opens and closes sessions.
+        region: What is handed out.
+        config: Settings.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        poller: zmq.Poller,
+        service: Service,
+        region: Region,
+        config: MemdConfig,
+    ) -> None:
+        self._listener = listener
+        self._poller = poller
+        self._service = service
+        self._region = region
+        self._config = config
+        # By descriptor: connection and pidfd of each process.
+        self._by_fd: dict[int, _Attachment] = {}
+        poller.register(listener.fileno(), zmq.POLLIN)
+
+    def __enter__(self) -> Attachments:
+        """The attachments."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Let go of every process; its session ends with the service."""
+        for attachment in self._all():
+            self._forget(attachment)
+
+    def on_readable(self, fd: int) -> None:
+        """See to a descriptor that the poller has found readable; others than ours are ignored."""
+        if fd == self._listener.fileno():
+            self._accept()
+        elif fd in self._by_fd:
+            attachment = self._by_fd[fd]
+            if fd == attachment.watch.fileno():
+                self._detach(attachment, "its process ended")
+            else:
+                self._on_connection_readable(attachment)
+
+    @property
+    def needs_polling(self) -> bool:
+        """Whether ``check_time`` has to be called now and then."""
+        return any(
+            attachment.watch.fileno() is None
+            or not self._service.has_said_hello(attachment.session)
+            for attachment in self._by_fd.values()
+        )
+
+    def check_time(self) -> None:
+        """What no descriptor reports: deaths without a pidfd, clients that never say Hello."""
+        now = time.monotonic()
+        for attachment in self._all():
+            if attachment.watch.fileno() is None and attachment.watch.is_dead:
+                self._detach(attachment, "its process ended")
+            elif now > attachment.hello_deadline and not self._service.has_said_hello(
+                attachment.session
+            ):
+                self._detach(attachment, "it never said Hello")
+
+    def _all(self) -> list[_Attachment]:
+        """Each process once."""
+        return list({id(each): each for each in self._by_fd.values()}.values())
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            _LOG.warning("accept: %s", error)
+            return
+        connection.setblocking(False)
+        peer = peer_of(connection)
+        refusal = self._refusal(peer)
+        if refusal is not None:
+            self._turn_away(connection, peer, *refusal)
+            return
+        attachment = _Attachment(
+            connection=connection,
+            watch=ProcessWatch(peer.pid),
+            session=self._service.open_session(peer.pid),
+            hello_deadline=time.monotonic() + self._config.hello_grace_s,
+        )
+        for fd in (connection.fileno(), attachment.watch.fileno()):
+            if fd is not None:
+                self._by_fd[fd] = attachment
+                self._poller.register(fd, zmq.POLLIN)
+        welcome = Welcome(
+            version=PROTOCOL_VERSION,
+            session=attachment.session,
+            pid=os.getpid(),
+            region_bytes=self._region.num_bytes,
+        )
+        try:
+            socket.send_fds(connection, [encode(welcome)], [self._region.fd])
+        except OSError as error:
+            self._detach(attachment, f"its attach connection failed: {error}")
+
+    def _refusal(self, peer: Peer) -> tuple[ErrorCode, str] | None:
+        if not is_allowed_peer(peer, own_uid=os.geteuid()):
+            return (
+                ErrorCode.PEER_REFUSED,
+                f"memd serves user {os.geteuid()} only, this process is user {peer.uid}'s",
+            )
+        if self._service.state is DaemonState.DRAINING:
+            return ErrorCode.DRAINING, "memd is ending and takes no new clients"
+        num_attached = len(self._all())
+        if num_attached >= self._config.max_clients:
+            return (
+                ErrorCode.PEER_REFUSED,
+                f"{num_attached} processes are attached already, the limit is "
+                f"--max-clients {self._config.max_clients}",
+            )
+        return None
+
+    def _turn_away(
+        self, connection: socket.socket, peer: Peer, code: ErrorCode, reason: str
+    ) -> None:
+        # Whoever comes during a drain may as well only want to look (`memd status`).
+        if code is not ErrorCode.DRAINING:
+            counters = self._service.metrics.counters
+            counters.peers_refused += 1
+            if counters.peers_refused == 1:
+                _LOG.warning(
+                    "refused pid %d (further ones are only counted): %s",
+                    peer.pid,
+                    reason,
+                    extra={"client_pid": peer.pid},
+                )
+        answer = ErrorReply(request_id=None, code=code, message=reason)
+        with connection, contextlib.suppress(OSError):
+            connection.send(encode(answer))
+
+    def _on_connection_readable(self, attachment: _Attachment) -> None:
+        """A client never speaks on the attach socket: readable means closed; words are ignored."""
+        try:
+            said = attachment.connection.recv(64)
+        except BlockingIOError:
+            return
+        except OSError:
+            said = b""
+        if not said:
+            self._detach(attachment, "its attach connection closed")
+
+    def _detach(self, attachment: _Attachment, reason: str) -> None:
+        self._forget(attachment)
+        self._service.close_session(attachment.session, reason)
+
+    def _forget(self, attachment: _Attachment) -> None:
+        for fd in (attachment.connection.fileno(), attachment.watch.fileno()):
+            if fd is not None and self._by_fd.pop(fd, None) is not None:
+                self._poller.unregister(fd)
+        attachment.connection.close()
+        attachment.watch.close()

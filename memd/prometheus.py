@@ -1,0 +1,158 @@
+"""The daemon's state as Prometheus text (exposition format 0.0.4); pure, from plain stats.
+
+Names and meanings are listed in ``docs/memd.md``. Nothing here names a client: what a scraper sees
+are sums, so its series do not multiply with engines that come and go.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from memd.lifecycle import DaemonState
+from memd.protocol import REQUEST_TYPES, ErrorCode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["CONTENT_TYPE", "render"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_REQUEST_TAGS = tuple(str(kind.__struct_config__.tag) for kind in REQUEST_TYPES)
+# 4 us to 17 s. Powers of two, because those are ends of the buckets of `memd.histogram`.
+_BOUNDS_NS = tuple(1 << bits for bits in range(12, 35))
+
+# Field of `memd.metrics.Counters`: name, unit of the field in the unit of the name, help.
+_COUNTERS: dict[str, tuple[str, float, str]] = {
+    "clients_registered": ("memd_clients_registered_total", 1, "Clients that got an extent."),
+    "clients_reclaimed": (
+        "memd_clients_reclaimed_total",
+        1,
+        "Clients that ended without saying goodbye.",
+    ),
+    "peers_refused": ("memd_peers_refused_total", 1, "Processes that were not let in."),
+    "replies_dropped": ("memd_replies_dropped_total", 1, "Replies that nobody received."),
+    "fetches": ("memd_fetches_total", 1, "Fetches done."),
+    "rows_fetched": ("memd_fetch_rows_total", 1, "Rows gathered."),
+    "bytes_fetched": ("memd_fetch_bytes_total", 1, "Bytes gathered."),
+    "gather_ns": ("memd_gather_seconds_total", 1e-9, "Time spent in gathers."),
+    "gather_max_ns": ("memd_gather_max_seconds", 1e-9, "Longest gather since the start."),
+    "bytes_zeroed": ("memd_zeroed_bytes_total", 1, "Bytes zeroed for the next client."),
+}
+
+_REGION = {
+    "bytes": "Size of the region.",
+    "ready_bytes": "Bytes of the region that are allocated, while it is made.",
+    "free_bytes": "Bytes of the region that no client has.",
+    "largest_free_bytes": "Longest run of free bytes; what one more client can have.",
+    "dirty_bytes": "Bytes given back that are not zeroed yet.",
+}
+
+
+def render(stats: dict[str, Any], *, age_s: float) -> str:
+    """The text for a scraper.
+
+    Args:
+        stats: Keys as in ``memd.metrics``; sections of a daemon that is starting may be missing.
+        age_s: How old they are, in seconds.
+    """
+    page = _Page()
+    _daemon(page, stats, age_s)
+    for key, text in _REGION.items():
+        if key in stats.get("region", {}):
+            page.one(f"memd_region_{key}", "gauge", text, stats["region"][key])
+    if "clients" in stats:
+        _clients(page, stats["clients"])
+    for field, value in stats.get("counters", {}).items():
+        if field in _COUNTERS:
+            name, unit, text = _COUNTERS[field]
+            kind = "counter" if name.endswith("_total") else "gauge"
+            page.one(name, kind, text, value * unit)
+    if "requests" in stats:
+        _requests(page, stats)
+    return page.text()
+
+
+class _Page:
+    """Lines of the text."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def family(self, name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> None:
+        """Add a family; a sample is what follows the family's name, and a value."""
+        self._lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        self._lines += [f"{name}{labels} {value}" for labels, value in samples]
+
+    def one(self, name: str, kind: str, text: str, value: float) -> None:
+        """Add a family of one sample."""
+        self.family(name, kind, text, [("", value)])
+
+    def text(self) -> str:
+        """Everything that was added."""
+        return "".join(line + "\n" for line in self._lines)
+
+
+def _daemon(page: _Page, stats: dict[str, Any], age_s: float) -> None:
+    daemon = stats.get("daemon", {})
+    if "version" in daemon:
+        info = f'{{protocol_version="{daemon["version"]}",transfer="{daemon["transfer"]}"}}'
+        page.family("memd_info", "gauge", "Always 1; what runs.", [(info, 1)])
+        page.one("memd_uptime_seconds", "gauge", "Time since the start.", daemon["uptime_s"])
+    state = daemon.get("state", DaemonState.STARTING)
+    states = [(f'{{state="{each}"}}', int(each == state)) for each in DaemonState]
+    page.family("memd_state", "gauge", "1 for the state that the daemon is in.", states)
+    page.one("memd_snapshot_age_seconds", "gauge", "Age of these numbers.", age_s)
+    if "integrity" in stats:
+        is_ok = int(stats["integrity"] == "ok")
+        page.one("memd_integrity_ok", "gauge", "1 if all books hold; 0 is a bug.", is_ok)
+
+
+def _clients(page: _Page, clients: list[dict[str, Any]]) -> None:
+    page.one("memd_clients", "gauge", "Clients that are registered.", len(clients))
+    pages: collections.Counter[str] = collections.Counter()
+    num_bytes: collections.Counter[str] = collections.Counter()
+    for client in clients:
+        for key, count in client.items():
+            if key.startswith("pages_"):
+                pages[key.removeprefix("pages_")] += count
+                num_bytes[key.removeprefix("pages_")] += count * client["page_bytes"]
+    for name, text, sums in (
+        ("memd_pages", "Pages of all clients by state.", pages),
+        ("memd_pages_bytes", "Bytes of those pages.", num_bytes),
+    ):
+        samples = [(f'{{state="{state}"}}', count) for state, count in sums.items()]
+        page.family(name, "gauge", text, samples)
+
+
+def _requests(page: _Page, stats: dict[str, Any]) -> None:
+    requests, errors, latencies = stats["requests"], stats["errors"], stats["latencies"]
+    page.family(
+        "memd_requests_total",
+        "counter",
+        "Requests answered.",
+        [(f'{{type="{tag}"}}', requests.get(tag, 0)) for tag in _REQUEST_TAGS],
+    )
+    page.family(
+        "memd_request_errors_total",
+        "counter",
+        "Requests refused.",
+        [(f'{{code="{code}"}}', errors.get(code, 0)) for code in ErrorCode],
+    )
+    samples: list[tuple[str, float]] = []
+    for tag in _REQUEST_TAGS:
+        latency = latencies.get(tag, {"count": 0, "sum_s": 0.0, "buckets": []})
+        ends = [end for end, _ in latency["buckets"]]
+        sums = [0, *itertools.accumulate(count for _, count in latency["buckets"])]
+        for bound in _BOUNDS_NS:
+            count = sums[bisect.bisect_right(ends, bound)]
+            samples.append((f'_bucket{{type="{tag}",le="{bound / 1e9:.10g}"}}', count))
+        samples.append((f'_bucket{{type="{tag}",le="+Inf"}}', latency["count"]))
+        samples.append((f'_sum{{type="{tag}"}}', latency["sum_s"]))
+        samples.append((f'_count{{type="{tag}"}}', latency["count"]))
+    page.family(
+        "memd_request_duration_seconds", "histogram", "From a request to its reply.", samples
+    )
