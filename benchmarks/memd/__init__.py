@@ -1,0 +1,1 @@
+"""How fast memd is, against what the machine can do in the same run."""

@@ -1,0 +1,51 @@
+"""Short runs of chaos; the long one is ``benchmarks/memd/chaos.py``."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.harness import Chaos
+from tests.chaos.report import Plan, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory whose name leaves room for sockets; pytest's own is too long for some."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        yield Path(name)
+
+
+def run(directory: Path, seed: int, duration_s: float) -> Report:
+    return Chaos(Plan(seed=seed, duration_s=duration_s, warm_up_s=5.0), directory).run()
+
+
+def test_memd_withstands_a_known_storm(directory: Path) -> None:
+    report = run(directory, seed=20261122, duration_s=25.0)
+    assert not report.violations, report.failure()
+    # The storm was one: everything that it is for has happened, and often enough.
+    kinds = {event["event"] for event in report.events}
+    assert kinds >= {"kill", "pause", "ask to leave", "connected", "lost", "left", "calm"}
+    assert report.counts["worker: rows_verified"] > 10_000
+    assert report.counts["worker: pools_full"] > 0
+    assert report.counts["worker: rings_full"] > 0
+    assert report.counts["vandal: frames_answered"] > 100
+    assert report.num_requests > 10_000
+    assert len(report.reclaim_s) > 3
+    assert len(report.calms) == 2
+
+
+def test_memd_withstands_a_storm_that_nobody_has_seen(directory: Path) -> None:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # noqa: T201 - pytest shows it with a failure
+    report = run(directory, seed=seed, duration_s=15.0)
+    assert not report.violations, report.failure()
