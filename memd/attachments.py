@@ -32,6 +32,8 @@ __all__ = ["Attachments"]
 
 _LOG = logging.getLogger(__name__)
 
+_REST_S = 0.5
+
 
 @dataclasses.dataclass
 class _Attachment:
@@ -69,6 +71,9 @@ class Attachments:
         self._config = config
         # By descriptor: connection and pidfd of each process.
         self._by_fd: dict[int, _Attachment] = {}
+        self._num_failures = 0
+        # When the listener is looked at again; None while it is.
+        self._resume_at: float | None = None
         poller.register(listener.fileno(), zmq.POLLIN)
 
     def __enter__(self) -> Attachments:
@@ -94,7 +99,7 @@ class Attachments:
     @property
     def needs_polling(self) -> bool:
         """Whether ``check_time`` has to be called now and then."""
-        return any(
+        return self._resume_at is not None or any(
             attachment.watch.fileno() is None
             or not self._service.has_said_hello(attachment.session)
             for attachment in self._by_fd.values()
@@ -103,6 +108,9 @@ class Attachments:
     def check_time(self) -> None:
         """What no descriptor reports: deaths without a pidfd, clients that never say Hello."""
         now = time.monotonic()
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            self._poller.register(self._listener.fileno(), zmq.POLLIN)
         for attachment in self._all():
             if attachment.watch.fileno() is None and attachment.watch.is_dead:
                 self._detach(attachment, "its process ended")
@@ -115,11 +123,23 @@ class Attachments:
         """Each process once."""
         return list({id(each): each for each in self._by_fd.values()}.values())
 
+    def _rest(self, error: OSError) -> None:
+        """Leave the listener alone for a while: it stays readable, and asking again at once fails.
+
+        The usual reason is that all descriptors are taken; each client that leaves gives some back.
+        """
+        if self._num_failures == 0:
+            _LOG.warning("cannot accept (further failures are only counted): %s", error)
+        self._num_failures += 1
+        if self._resume_at is None:
+            self._poller.unregister(self._listener.fileno())
+        self._resume_at = time.monotonic() + _REST_S
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
-            _LOG.warning("accept: %s", error)
+            self._rest(error)
             return
         connection.setblocking(False)
         peer = peer_of(connection)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from memd.allocator import RangeAllocator
 from memd.errors import IntegrityError, MemdTimeout, ProtocolError
 from memd.process import MemdProcess, spawn_memd
 from memd.protocol import (
+    MAX_PAGES_PER_MESSAGE,
     Commit,
     CommitReply,
     ErrorCode,
@@ -38,9 +40,9 @@ from memd.protocol import (
     Goodbye,
     GoodbyeReply,
     KVLayout,
-    Pong,
     Release,
     ReleaseReply,
+    Reply,
     Request,
     Reserve,
     ReserveReply,
@@ -74,6 +76,8 @@ _MAX_IN_FLIGHT = 65_536
 # a minute without polling must not blame memd for it.
 _MAX_POLL_GAP_S = 1.0
 _GOODBYE_WAIT_S = 1.0
+# Of a memd that does not say how long a request may be.
+_COMMON_FRAME_BYTES = 16 << 20
 
 _LOST_CODES = frozenset({ErrorCode.NOT_REGISTERED, ErrorCode.MALFORMED, ErrorCode.TOO_LARGE})
 
@@ -156,6 +160,9 @@ class MemdClient:
         self._clock = clock
         self._num_rows = num_pages * layout.rows_per_page
         self._row_index_dtype = np.dtype(f"<u{hello.row_index_bytes}")
+        # What is in a frame beside the indices is far below this.
+        room = (hello.max_frame_bytes or _COMMON_FRAME_BYTES) - 256
+        self._max_fetch_rows = room // hello.row_index_bytes
         self._ring = RangeAllocator(hello.landing_rows)
         self._states = np.zeros(num_pages, dtype=np.uint8)
         self._pages_used = 0
@@ -280,9 +287,7 @@ class MemdClient:
         if not self.is_alive:
             return
         ids = self._move(page_ids, (PageState.RESERVED,), PageState.SEALED, "commit")
-        if ids.size:
-            self._counters.commits += 1
-            self._request("commit", None, lambda i: Commit(request_id=i, page_ids=ids.tolist()))
+        self._counters.commits += self._tell("commit", ids, Commit)
 
     def release(self, page_ids: npt.ArrayLike | Iterable[int]) -> None:
         """Give pages back; fetches that were issued before still read them.
@@ -297,10 +302,8 @@ class MemdClient:
             return
         held = (PageState.RESERVED, PageState.SEALED)
         ids = self._move(page_ids, held, PageState.FREE, "release")
-        if ids.size:
-            self._counters.releases += 1
-            self._pages_used -= ids.size
-            self._request("release", None, lambda i: Release(request_id=i, page_ids=ids.tolist()))
+        self._pages_used -= ids.size
+        self._counters.releases += self._tell("release", ids, Release)
 
     def fetch(self, rows: npt.NDArray[np.int64]) -> FetchTicket | None:
         """Ask memd to gather rows of sealed pages into the landing ring.
@@ -313,7 +316,7 @@ class MemdClient:
             The ticket; None when the ring has no contiguous room now, or memd is lost.
 
         Raises:
-            ValueError: A row lies outside the pages.
+            ValueError: A row lies outside the pages, or there are more than memd reads at once.
         """
         if not self.is_alive or len(self._in_flight) >= _MAX_IN_FLIGHT:
             return None
@@ -325,6 +328,11 @@ class MemdClient:
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= self._num_rows:
             raise ValueError(f"rows are 0..{self._num_rows - 1}, got {low}..{high}")
+        if num_rows > self._max_fetch_rows:
+            raise ValueError(
+                f"memd reads requests of at most {self._max_fetch_rows} rows, got {num_rows}; "
+                "fetch them in parts"
+            )
         start = self._ring.allocate(num_rows)
         if start is None:
             self._counters.fetches_refused_ring_full += 1
@@ -368,7 +376,7 @@ class MemdClient:
         self._polled_at = now
         has_ended = self._channel.peer_has_closed()
         if self._in_flight:
-            while (frame := self._channel.receive()) is not None:
+            while self._lost_reason is None and (frame := self._channel.receive()) is not None:
                 self._on_frame(frame)
         if has_ended:
             self._lose("it has ended")
@@ -456,12 +464,15 @@ class MemdClient:
         if not self.is_alive:
             return
         server = self._server_stats
-        if server["integrity"] != "ok":
-            raise IntegrityError(f"memd: {server['integrity']}")
-        mine = next(c for c in server["clients"] if c["client_id"] == self.client_id)
+        if server.get("integrity") != "ok":
+            raise IntegrityError(f"memd: {server.get('integrity', 'says nothing of itself')}")
+        clients = server.get("clients", [])
+        mine = next((c for c in clients if c.get("client_id") == self.client_id), None)
+        if mine is None:
+            raise IntegrityError(f"memd knows no client {self.client_id}")
         for state in (PageState.FREE, PageState.RESERVED, PageState.SEALED):
             here = int(np.count_nonzero(self._states == state))
-            there = mine[f"pages_{state.name.lower()}"]
+            there = mine.get(f"pages_{state.name.lower()}")
             if here != there:
                 raise IntegrityError(f"{here} pages are {state.name} here, {there} in memd")
 
@@ -486,6 +497,16 @@ class MemdClient:
             self._lose("the connection to memd broke")
             return None
         return request_id
+
+    def _tell(self, kind: str, ids: npt.NDArray[np.int64], message: type[Commit | Release]) -> int:
+        """Send page ids in as few messages as may be; how many."""
+        parts = [
+            ids[start : start + MAX_PAGES_PER_MESSAGE].tolist()
+            for start in range(0, ids.size, MAX_PAGES_PER_MESSAGE)
+        ]
+        for part in parts:
+            self._request(kind, None, partial(_pages_message, message, part))
+        return len(parts)
 
     def _move(
         self,
@@ -515,19 +536,25 @@ class MemdClient:
         except ProtocolError as error:
             self._lose(f"memd sent what is no reply: {error}")
             return
-        pending = (
-            self._in_flight.pop(reply.request_id, None) if reply.request_id is not None else None
-        )
-        if pending is None:
+        pending_id = reply.request_id
+        pending = self._in_flight.pop(pending_id, None) if pending_id is not None else None
+        if pending is None or pending_id is None:
             self._lose(f"memd answered {type(reply).__name__} to no request of ours: {reply}")
             return
         if isinstance(reply, ErrorReply):
             self._on_error(pending, reply)
             return
         ticket = pending.ticket
-        if isinstance(reply, ReserveReply) and isinstance(ticket, ReserveTicket):
+        wrong = _what_is_wrong(pending, reply) or self._wrong_pages(ticket, reply)
+        if wrong is not None:
+            # Whatever the request was about is in doubt from now on.
+            self._in_flight[pending_id] = pending
+            self._lose(f"memd answered a {pending.kind} with {wrong}")
+        elif isinstance(reply, ReserveReply):
+            assert isinstance(ticket, ReserveTicket), "checked above"
             self._on_reserved(ticket, reply)
-        elif isinstance(reply, FetchReply) and isinstance(ticket, FetchTicket):
+        elif isinstance(reply, FetchReply):
+            assert isinstance(ticket, FetchTicket), "checked above"
             self._counters.fetches_landed += 1
             self._counters.rows_landed += ticket.num_rows
             self._counters.bytes_landed += ticket.num_rows * self.layout.row_bytes
@@ -535,8 +562,6 @@ class MemdClient:
         elif isinstance(reply, StatsReply):
             self._stats_id = None
             self._server_stats = reply.stats
-        elif not isinstance(reply, CommitReply | ReleaseReply | Pong | GoodbyeReply):
-            self._lose(f"memd answered a {pending.kind} with {type(reply).__name__}")
 
     def _on_error(self, pending: _Pending, reply: ErrorReply) -> None:
         self._counters.errors += 1
@@ -544,9 +569,25 @@ class MemdClient:
         _LOG.warning("memd refused a %s: %s", pending.kind, message)
         if pending.ticket is not None:
             self._complete(pending.ticket, message)
+        if pending.kind == "stats":
+            self._stats_id = None
         if reply.code in _LOST_CODES or pending.kind in ("commit", "release"):
             # The two sides no longer agree on who holds what.
             self._lose(f"memd refused a {pending.kind} ({message})")
+
+    def _wrong_pages(self, ticket: Ticket | None, reply: Reply) -> str | None:
+        """What cannot be about the pages of a ``ReserveReply``; None if nothing."""
+        if not (isinstance(ticket, ReserveTicket) and isinstance(reply, ReserveReply)):
+            return None
+        page_ids = reply.page_ids
+        if page_ids is None:
+            return None
+        is_possible = (
+            len(page_ids) == ticket.num_pages == len(set(page_ids))
+            and all(0 <= page_id < self.num_pages for page_id in page_ids)
+            and bool((self._states[page_ids] == PageState.FREE).all())
+        )
+        return None if is_possible else f"pages that cannot be ({page_ids[:8]})"
 
     def _on_reserved(self, ticket: ReserveTicket, reply: ReserveReply) -> None:
         if reply.page_ids is None:
@@ -584,6 +625,36 @@ class MemdClient:
         for entry in pending:
             if entry.ticket is not None:
                 self._complete(entry.ticket, f"memd is lost: {reason}")
+
+
+_REPLY_TO: dict[str, type[Reply]] = {
+    "reserve": ReserveReply,
+    "commit": CommitReply,
+    "fetch": FetchReply,
+    "release": ReleaseReply,
+    "stats": StatsReply,
+    "goodbye": GoodbyeReply,
+}
+
+
+def _what_is_wrong(pending: _Pending, reply: Reply) -> str | None:
+    """Why a reply is none to this request; None if it is one."""
+    if type(reply) is not _REPLY_TO[pending.kind]:
+        return type(reply).__name__
+    ticket = pending.ticket
+    if (
+        isinstance(ticket, FetchTicket)
+        and isinstance(reply, FetchReply)
+        and reply.num_rows != ticket.num_rows
+    ):
+        return f"{reply.num_rows} rows instead of {ticket.num_rows}"
+    return None
+
+
+def _pages_message(
+    message: type[Commit | Release], page_ids: list[int], request_id: int
+) -> Request:
+    return message(request_id=request_id, page_ids=page_ids)
 
 
 def _failed(ticket: ReserveTicket, reason: str | None) -> ReserveTicket:

@@ -14,6 +14,7 @@ __all__ = [
     "cgroup_room",
     "lockable_bytes",
     "memory_room",
+    "raise_descriptor_limit",
     "raise_memlock_limit",
     "swap_bytes",
 ]
@@ -144,3 +145,12 @@ def _has_capability(status: Path, number: int) -> bool:
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> number & 1)
     return False
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process all the descriptors that it may have.
+
+    ZeroMQ takes one for each connection of a client and ends the process when there is none.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

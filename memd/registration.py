@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import mmap
 import os
 import time
@@ -88,7 +89,9 @@ def register(
     )
     try:
         hello = _say_hello(channel, request, deadline=deadline)
-        extent = _map_extent(region_fd, welcome.region_bytes, hello, layout, num_pages)
+        extent = _map_extent(
+            region_fd, welcome.region_bytes, hello, layout, num_pages, landing_rows
+        )
     except BaseException:
         channel.close()
         raise
@@ -123,7 +126,12 @@ def _say_hello(channel: Channel, hello: Hello, *, deadline: float) -> HelloReply
 
 
 def _map_extent(
-    region_fd: int, region_bytes: int, hello: HelloReply, layout: KVLayout, num_pages: int
+    region_fd: int,
+    region_bytes: int,
+    hello: HelloReply,
+    layout: KVLayout,
+    num_pages: int,
+    landing_rows: int,
 ) -> npt.NDArray[np.uint8]:
     """Map the extent that memd named, after checking that it is one.
 
@@ -136,6 +144,7 @@ def _map_extent(
         and hello.extent_offset % mmap.ALLOCATIONGRANULARITY == 0
         and 0 <= hello.extent_offset <= hello.extent_offset + hello.extent_bytes <= size
         and num_pages * layout.page_bytes <= hello.landing_offset
+        and hello.landing_rows == landing_rows
         and hello.landing_offset + hello.landing_rows * layout.row_bytes <= hello.extent_bytes
         and hello.row_index_bytes == layout.row_index_bytes(num_pages)
     )
@@ -143,6 +152,10 @@ def _map_extent(
         raise ProtocolError(
             f"memd described an extent that cannot be: {hello}, region {size} bytes"
         )
+    # A region that somebody could make shorter would end this process by SIGBUS one day.
+    seals = fcntl.fcntl(region_fd, fcntl.F_GET_SEALS)
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise ProtocolError("memd's region is not sealed against shrinking")
     # Populated now, so that the decode loop never waits for a page fault.
     mapping = mmap.mmap(
         region_fd,

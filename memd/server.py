@@ -32,6 +32,7 @@ from memd.config import format_bytes
 from memd.endpoint import Endpoint, EndpointLock, private_directory
 from memd.errors import ConfigError
 from memd.lifecycle import Lifecycle
+from memd.limits import raise_descriptor_limit
 from memd.link import Link
 from memd.liveness import ProcessWatch
 from memd.noticeboard import Noticeboard
@@ -371,6 +372,7 @@ def serve(config: MemdConfig, *, progress: Progress = _no_progress) -> None:
         ConfigError: The address, the host's memory, its NUMA nodes or the metrics port do not allow
             a start.
     """
+    raise_descriptor_limit()
     try:
         with Server(config, progress=progress) as server:
             # The one line on stdout: scripts and parents wait for it.

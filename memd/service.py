@@ -64,8 +64,15 @@ __all__ = ["Service"]
 _LOG = logging.getLogger(__name__)
 
 _SCRUB_ALL = 1 << 62
+_MAX_MESSAGE_CHARS = 1000
 MAX_FETCHES_IN_FLIGHT = 4096
 """Of one client; bounds what an asker that never waits can make memd remember."""
+
+
+def printable(text: str, max_chars: int) -> str:
+    """A peer's words, so that they can neither steer a terminal nor begin a line of a log."""
+    shown = text if len(text) <= max_chars else text[:max_chars] + "..."
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 class _Refused(Exception):
@@ -338,6 +345,7 @@ class Service:
     def _error(self, request_id: int | None, code: ErrorCode, message: str) -> ErrorReply:
         self.metrics.errors[code] += 1
         # A peer that repeats itself must not fill the disk: one line for each kind of error.
+        message = printable(message, _MAX_MESSAGE_CHARS)
         if self.metrics.errors[code] == 1:
             _LOG.warning("refused (%s, further ones are only counted): %s", code, message)
         return ErrorReply(request_id=request_id, code=code, message=message)
@@ -398,7 +406,9 @@ class Service:
             record = self._register(session, request, landing_rows)
         except PoolFull:
             # Memory of a client that just left may only wait for its scrub: do that now, then ask
-            # again.
+            # again. Zeroing what could not be enough would keep everybody waiting for nothing.
+            if wanted > self._store.extents.num_free + self._store.dirty_bytes:
+                raise
             while self.scrub(_SCRUB_ALL):
                 pass
             record = self._register(session, request, landing_rows)
@@ -427,12 +437,13 @@ class Service:
             row_bytes=layout.row_bytes,
             page_bytes=layout.page_bytes,
             row_index_bytes=layout.row_index_bytes(request.num_pages),
+            max_frame_bytes=self._max_frame_bytes,
         )
 
     def _register(self, session: _Session, request: Hello, landing_rows: int) -> ClientRecord:
         return self._store.register(
             pid=session.pid,
-            name=request.name,
+            name=printable(request.name, _MAX_MESSAGE_CHARS),
             layout=request.layout,
             num_pages=request.num_pages,
             landing_rows=landing_rows,

@@ -186,6 +186,7 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
         row_bytes: Bytes of a row as memd computes it from the layout.
         page_bytes: Bytes of a page as memd computes it from the layout.
         row_index_bytes: 4 or 8, the width of an index in ``Fetch.rows``.
+        max_frame_bytes: Longest request that memd reads; 0 from a memd that does not say.
     """
 
     version: int
@@ -197,6 +198,7 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
     row_bytes: int
     page_bytes: int
     row_index_bytes: int
+    max_frame_bytes: int = 0
 
 
 class ReserveReply(_Message, frozen=True, tag="reserve_reply"):

@@ -93,10 +93,12 @@ GOLDEN: list[tuple[Any, bytes]] = [
             row_bytes=32,
             page_bytes=512,
             row_index_bytes=4,
+            max_frame_bytes=1024,
         ),
-        b"\x8b\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
+        b"\x8c\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
         b"\xacextent_bytes\xcd\x20\x00\xaelanding_offset\xcd\x10\x00\xaclanding_rows\x02"
-        b"\xa9row_bytes\x20\xaapage_bytes\xcd\x02\x00\xafrow_index_bytes\x04\xaarequest_id\x00",
+        b"\xa9row_bytes\x20\xaapage_bytes\xcd\x02\x00\xafrow_index_bytes\x04\xafmax_frame_bytes\xcd\x04\x00"
+        b"\xaarequest_id\x00",
     ),
     (
         ReserveReply(request_id=1, page_ids=[0, 1], free_pages=1),

@@ -451,7 +451,6 @@ class TestCode:
         assert "libcuda" not in mapped
 
 
-@pytest.mark.xfail(strict=True, reason="a client's name goes into the log as it is")
 def test_a_clients_name_cannot_write_a_line_of_the_log(daemon: Daemon) -> None:
     with attached(daemon) as mine, Control(daemon) as control:
         control.hello(mine.session, name="x\n2026-01-01 00:00:00,000 memd[1] ERROR all is lost")
@@ -459,7 +458,6 @@ def test_a_clients_name_cannot_write_a_line_of_the_log(daemon: Daemon) -> None:
     assert not any(line.startswith("2026-01-01 ") for line in daemon.log.splitlines())
 
 
-@pytest.mark.xfail(strict=True, reason="memd status prints a client's name as it is")
 def test_a_clients_name_cannot_steer_the_terminal(daemon: Daemon) -> None:
     with attached(daemon) as mine, Control(daemon) as control:
         control.hello(mine.session, name="\x1b]0;owned\x07\x1b[2J")

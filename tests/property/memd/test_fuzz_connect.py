@@ -238,20 +238,7 @@ def test_an_extent_that_cannot_be_is_a_protocol_error(changes: dict[str, int]) -
         connect(Script(reply=encode(HelloReply(**{**fields, **changes}))))
 
 
-known = pytest.mark.xfail(strict=True, reason="landing_rows is not compared with what was asked")
-# What this one leaks hangs a later garbage collection: see test_hazards.py.
-known_leak = pytest.mark.xfail(run=False, reason="a ValueError, and nobody closes the connection")
-
-
-@pytest.mark.parametrize(
-    "landing_rows",
-    [
-        pytest.param(-1, marks=known_leak),
-        pytest.param(0, marks=known),
-        pytest.param(LANDING_ROWS - 1, marks=known),
-        pytest.param(LANDING_ROWS + 1, marks=known),
-    ],
-)
+@pytest.mark.parametrize("landing_rows", [-1, 0, LANDING_ROWS - 1, LANDING_ROWS + 1])
 def test_a_ring_of_another_size_is_a_protocol_error(landing_rows: int) -> None:
     fields: dict[str, Any] = {name: getattr(HELLO, name) for name in HELLO.__struct_fields__}
     fields["landing_rows"] = landing_rows
@@ -259,7 +246,6 @@ def test_a_ring_of_another_size_is_a_protocol_error(landing_rows: int) -> None:
         connect(Script(reply=encode(HelloReply(**fields)))).close()
 
 
-@pytest.mark.xfail(strict=True, reason="the client does not look at the region's seals")
 def test_a_region_that_could_shrink_is_refused() -> None:
     # An access behind the new end would be SIGBUS, which takes the engine with it.
     with pytest.raises(ProtocolError):

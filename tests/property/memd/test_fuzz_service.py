@@ -300,7 +300,6 @@ def test_hostile_frames_leave_no_memory_behind() -> None:
     assert sizes[-1] - sizes[0] < 16 << 10, sizes
 
 
-@pytest.mark.xfail(strict=True, reason="memd repeats a peer's words, however long, in its refusal")
 @pytest.mark.parametrize(
     "frame",
     [
