@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from memd import heap
 from memd.attachments import Attachments
 from memd.config import format_bytes
 from memd.endpoint import Endpoint, EndpointLock, private_directory
@@ -373,6 +374,7 @@ def serve(config: MemdConfig, *, progress: Progress = _no_progress) -> None:
             a start.
     """
     raise_descriptor_limit()
+    heap.keep_freed_memory()
     try:
         with Server(config, progress=progress) as server:
             # The one line on stdout: scripts and parents wait for it.
