@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from memd.copying import Delay
     from memd.transfer import Transfer
 
-__all__ = ["Service"]
+__all__ = ["MAX_FETCHES_IN_FLIGHT", "Service", "printable"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -483,7 +483,8 @@ class Service:
                 f"rows are 0..{num_pages * layout.rows_per_page - 1}, got {int(raw.max())}"
             )
         rows = raw.astype(np.int64)
-        pages_of_rows = rows // layout.rows_per_page
+        # In the indices' own width: as int64 it would take as long as copying the rows.
+        pages_of_rows = raw // raw.dtype.type(layout.rows_per_page)
         record.pages.require_sealed(pages_of_rows)
         job = CopyJob(
             client_id=record.client_id,
