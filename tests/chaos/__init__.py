@@ -1,7 +1,8 @@
 """memd under random violence: real processes, seeded faults, invariants checked all the time.
 
 ================  ==============================================================================
-``harness``       conducts a run and judges it
+``harness``       conducts a run
+``judge``         what must hold, and whether it did
 ``report``        what a run does, and what it found
 ``worker``        a client process with a random program that verifies every byte it gets
 ``vandal``        a process that breaks every rule of the protocol

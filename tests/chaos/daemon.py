@@ -125,6 +125,15 @@ class Daemon:
         """All that its incarnations wrote to stderr."""
         return self.child.log.read_text()
 
+    @property
+    def log_tail(self) -> str:
+        """The end of its log, for messages."""
+        return self.log[-3000:]
+
+    def was_dead(self, since: float) -> bool:
+        """Whether it was dead at some time after ``since``, in monotonic seconds."""
+        return any(outage.is_death and outage.end >= since for outage in self.outages)
+
     def stats(self) -> dict[str, Any]:
         """Its answer to ``Stats`` now."""
         assert self.probe is not None, "not ready"
@@ -176,12 +185,6 @@ class Daemon:
             log=self._directory / f"{self.name}.log",
             environment=_ENVIRONMENT,
         )
-
-    def show_stacks(self) -> None:
-        """Have it write to its log what each thread does, if it still runs."""
-        if self.child.returncode is None:
-            self.child.signal(signal.SIGUSR1)
-            time.sleep(0.5)
 
     def end(self) -> int | None:
         """SIGTERM; the exit status, None if it did not end in time."""

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,13 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the child alone, not to what it forked."""
         os.kill(self.pid, number)
+
+    def show_stacks(self) -> str:
+        """What it is doing, if it has faulthandler listen to SIGUSR1; the end of its log."""
+        if self.returncode is None:
+            self.signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        return self.log.read_text()[-3000:]
 
     def ask_to_leave(self) -> None:
         """Close its standard input; idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Plan:
         num_workers: Workers of each daemon.
         num_vandals: Vandals of each daemon.
         region_bytes: Region of each daemon.
-        actions_per_s: Faults that are injected, on average.
+        faults_per_s: Faults that are injected, on average.
         prelude: Python that both daemons run first, to break them; for tests of the harness.
     """
 
@@ -42,7 +43,7 @@ class Plan:
     num_workers: int = 3
     num_vandals: int = 1
     region_bytes: int = 32 << 20
-    actions_per_s: float = 4.0
+    faults_per_s: float = 4.0
     prelude: str = ""
 
 
@@ -78,6 +79,7 @@ class Report:
         reclaim_s: Times from a client's death until memd had let it go.
         calms: Footprints.
         memd_errors: Refused requests by code, of the survivor.
+        began_at: Monotonic seconds; times in events are monotonic too.
     """
 
     plan: Plan
@@ -88,6 +90,15 @@ class Report:
     reclaim_s: list[float] = dataclasses.field(default_factory=list)
     calms: list[Calm] = dataclasses.field(default_factory=list)
     memd_errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    began_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def elapsed_s(self, at: float | None = None) -> float:
+        """Seconds since the run began, of now or of another monotonic time."""
+        return round((time.monotonic() if at is None else at) - self.began_at, 3)
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Add an event of now."""
+        self.events.append({"event": event, "at": time.monotonic(), **details})
 
     @property
     def num_requests(self) -> int:
@@ -109,9 +120,14 @@ class Report:
             f"replay: python -m benchmarks.memd.chaos --seed {self.plan.seed} "
             f"--minutes {minutes:.2f}",
             f"the last of {len(self.events)} events:",
-            *(f"  {event}" for event in self.events[-_MAX_EVENTS_TOLD:]),
+            *(f"  {event}" for event in self._timed_events()[-_MAX_EVENTS_TOLD:]),
         ]
         return "\n".join(lines)
+
+    def _timed_events(self) -> list[dict[str, Any]]:
+        """Events in the order of their times, in seconds since the run began."""
+        ordered = sorted(self.events, key=lambda event: float(event["at"]))
+        return [{**event, "at": self.elapsed_s(event["at"])} for event in ordered]
 
     def summary(self) -> dict[str, Any]:
         """The report as plain data, for a file."""
@@ -131,7 +147,7 @@ class Report:
                 "refused_by_code": self.memd_errors,
                 "calms": [dataclasses.asdict(calm) for calm in self.calms],
             },
-            "events": self.events,
+            "events": self._timed_events(),
         }
 
 

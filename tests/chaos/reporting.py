@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import faulthandler
 import json
 import os
 import select
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,11 @@ class Orders:
     """What the conductor wants: the end of standard input means to leave politely.
 
     It also comes when the conductor is gone, and cannot be missed by a child that is just starting.
+    SIGUSR1 makes the child write to its log what it is doing.
     """
+
+    def __init__(self) -> None:
+        faulthandler.register(signal.SIGUSR1)
 
     @property
     def is_leaving(self) -> bool:
