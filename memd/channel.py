@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Channel", "ZmqChannel", "ask_once", "attach"]
 
 _MAX_WELCOME_BYTES = 4096
+# Six days.
+_NEVER_MS = 1 << 29
 _LINGER_MS = 200
 
 
@@ -99,8 +101,9 @@ def _open_control(context: zmq.Context[zmq.Socket[bytes]], endpoint: Endpoint) -
     # Bounded by the client's own limits; a high-water mark would block or drop.
     control.setsockopt(zmq.SNDHWM, 0)
     control.setsockopt(zmq.RCVHWM, 0)
-    # A daemon that comes back is another daemon: it knows nothing of this client.
-    control.setsockopt(zmq.RECONNECT_IVL, -1)
+    # A daemon that comes back is another daemon: it knows nothing of this client. With -1, ZeroMQ's
+    # word for never, the end of its context may wait for a lost session for ever (libzmq 4.3.5).
+    control.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
     control.setsockopt(zmq.LINGER, _LINGER_MS)
     control.connect(endpoint.address)
     return control

@@ -11,7 +11,14 @@ import zmq
 
 from memd.protocol import Stats, StatsReply, decode_reply, encode
 
-__all__ = ["Answer", "Probe"]
+__all__ = ["NEVER_MS", "Answer", "Probe"]
+
+NEVER_MS = 1 << 29
+"""Time until a connection comes back that must not come back: six days.
+
+ZeroMQ has -1 for this, but then libzmq 4.3.5 gives the session up, and the end of its context may
+wait for that session for ever: once in some thousand times when the peer was killed.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Probe:
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._control = self._context.socket(zmq.DEALER)
-        self._control.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._control.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
         self._control.connect(address)
         self.asked_at = 0.0
         self._open: dict[int, float] = {}

@@ -24,6 +24,7 @@ import zmq
 from memd.errors import ProtocolError
 from memd.protocol import SESSION_BYTES, Welcome, decode_reply, decode_welcome
 from tests.chaos.hostile import hostile_frame, valid_request
+from tests.chaos.probe import NEVER_MS
 from tests.chaos.reporting import Orders, Progress, say
 
 if TYPE_CHECKING:
@@ -179,9 +180,9 @@ class Vandal:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         try:
             control = context.socket(zmq.DEALER)
-            control.setsockopt(zmq.RECONNECT_IVL, -1)
+            control.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
             control.setsockopt(zmq.RCVHWM, receive_limit)
-            # Without a peer a send would wait for one, and a dead daemon never comes back.
+            # A daemon that was killed takes nothing, and never comes back for this connection.
             control.setsockopt(zmq.SNDTIMEO, 1000)
             if name is not None:
                 control.setsockopt(zmq.ROUTING_ID, name)

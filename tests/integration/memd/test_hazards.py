@@ -41,6 +41,8 @@ memory grows with requests           ten_thousand_requests_leave_nothing; tests/
 a pool of zero bytes (sglang#21880)  test_config: a_bad_setting_is_refused_by_name_with_its_value
 pickle, TCP, nobody asks who         test_security
 (LMCache#5128, CVE-2026-3059, ...)
+a close that never returns           closing_a_client_of_a_killed_daemon_cannot_wait_for_ever;
+(libzmq)                             a_client_that_was_forgotten_does_not_hang_the_garbage_...
 out of descriptors                   many_control_connections_end_no_daemon;
                                      while_memd_is_out_of_descriptors_its_log_stays_short
 ===================================  =============================================================
@@ -85,6 +87,7 @@ from memd.testing import FakeMemd
 from memd.transfer import HostTransfer
 from tests.chaos.daemon import Daemon
 from tests.chaos.judged import FRAME_BOUND_S
+from tests.chaos.probe import NEVER_MS
 from tests.chaos.processes import Footprint
 
 if TYPE_CHECKING:
@@ -138,7 +141,7 @@ def control_connections(daemon: Daemon, count: int) -> Iterator[list[zmq.Socket[
         sockets = []
         for _ in range(count):
             sockets.append(context.socket(zmq.DEALER))
-            sockets[-1].setsockopt(zmq.RECONNECT_IVL, -1)
+            sockets[-1].setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
             sockets[-1].connect(daemon.address)
         yield sockets
     finally:
@@ -455,3 +458,9 @@ def test_a_client_that_was_forgotten_does_not_hang_the_garbage_collector(daemon:
     with python(code, daemon.address) as forgetful:
         said, _ = forgetful.communicate(timeout=BOUND_S)
     assert said == "collected\n"
+
+
+def test_closing_a_client_of_a_killed_daemon_cannot_wait_for_ever(daemon: Daemon) -> None:
+    # What happens otherwise is too rare for a test: see NEVER_MS.
+    with MemdClient.connect(daemon.address, LAYOUT, num_pages=1, landing_rows=1) as client:
+        assert client._channel._control.getsockopt(zmq.RECONNECT_IVL) > 1 << 20  # type: ignore[attr-defined]
