@@ -8,6 +8,10 @@ The verbs of a slot::
 disk that lost a write, put it elsewhere or returns other bits is a False and never wrong bytes. A
 slot that was found bad is set aside with its blocks, and no page goes there again.
 
+Either verb is three steps, so that another thread may wait for the disk: ``begin_put`` and
+``begin_get`` do the books and give a job, its ``run`` does checksum, reading and writing and touches
+no book, and ``end_put`` and ``end_get`` do the rest of the books.
+
 On disk a slot is a block for its header and then the page, padded to whole blocks. What the header
 says is kept in memory too, and all three have to agree.
 
@@ -15,7 +19,8 @@ Nothing here raises once the file is there: a full disk is None, an error is Non
 counted. After some errors in a row no more is written, or read, for good, and the log has one line
 that says so. A disk that fails slowly must not do it once for every page.
 
-This module must not know clients, the region or who decides what goes here. One thread.
+This module must not know clients, the region or who decides what goes here. One thread calls
+everything but ``run``, and one, that or another, calls ``run`` of one job at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
     from memd.tiers.files import TierFile
     from memd.tiers.header import PageIdentity
 
-__all__ = ["DiskCounters", "DiskTier", "Slot"]
+__all__ = ["DiskCounters", "DiskTier", "GetJob", "PutJob", "Slot"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -140,6 +145,8 @@ class DiskTier:
         self._slots: dict[Slot, SlotHeader] = {}
         # Slots that were found bad: first block and number of blocks.
         self._quarantined: dict[int, int] = {}
+        # Pages on their way, likewise.
+        self._being_written: dict[int, int] = {}
         self._next_serial = 0
         self._writes = _Strikes(max_errors_in_a_row)
         self._reads = _Strikes(max_errors_in_a_row)
@@ -198,37 +205,52 @@ class DiskTier:
         Returns:
             Where it lies; None if there is no room, or it could not be written.
         """
+        job = self.begin_put(identity, data)
+        if job is None:
+            return None
+        job.run()
+        return self.end_put(job)
+
+    def begin_put(self, identity: PageIdentity, data: memoryview) -> PutJob | None:
+        """Take blocks for a page; arguments are those of ``put``.
+
+        Returns:
+            What has to be run and then given to ``end_put``; None if there is no room, or nothing
+            is written any more.
+        """
         if not self.is_writable:
             return None
-        block = self._blocks.allocate(self._num_blocks(data.nbytes))
+        num_blocks = self._num_blocks(data.nbytes)
+        block = self._blocks.allocate(num_blocks)
         if block is None:
             self.counters.puts_full += 1
             return None
-        started_ns = time.perf_counter_ns()
-        header = SlotHeader(identity, data.nbytes, checksum(data))
-        try:
-            parts = self._staging.filled(header.pack(), data)
-            write_whole(self._file, parts, block * self._block_bytes)
-        except OSError as error:
-            self._blocks.free(block)
+        self._being_written[block] = num_blocks
+        return PutJob(self._file, self._staging, identity, data, block, self._block_bytes)
+
+    def end_put(self, job: PutJob) -> Slot | None:
+        """Note what became of a page that was to be written; see ``put``."""
+        del self._being_written[job.block]
+        if job.header is None:
+            self._blocks.free(job.block)
             self.counters.put_errors += 1
             if self._writes.one_more():
                 _LOG.error(
                     "nothing more is spilled to disk after %d errors in a row (%s); what lies "
                     "there stays readable",
                     self._writes.limit,
-                    error,
+                    job.error,
                 )
             return None
         self._writes.over()
-        slot = Slot(block, self._next_serial)
+        slot = Slot(job.block, self._next_serial)
         self._next_serial += 1
-        self._slots[slot] = header
-        counters, took_ns = self.counters, time.perf_counter_ns() - started_ns
+        self._slots[slot] = job.header
+        counters = self.counters
         counters.puts += 1
-        counters.bytes_written += data.nbytes
-        counters.put_ns += took_ns
-        counters.put_max_ns = max(counters.put_max_ns, took_ns)
+        counters.bytes_written += job.data.nbytes
+        counters.put_ns += job.took_ns
+        counters.put_max_ns = max(counters.put_max_ns, job.took_ns)
         return slot
 
     def get(self, slot: Slot, identity: PageIdentity, into: memoryview) -> bool:
@@ -244,6 +266,19 @@ class DiskTier:
             Whether ``into`` holds the page. After a False the slot is of no use any more, unless
             it was another page's.
         """
+        job = self.begin_get(slot, identity, into)
+        if job is None:
+            return False
+        job.run()
+        return self.end_get(job)
+
+    def begin_get(self, slot: Slot, identity: PageIdentity, into: memoryview) -> GetJob | None:
+        """Look a page up; arguments are those of ``get``.
+
+        Returns:
+            What has to be run and then given to ``end_get``, and until then the slot must not be
+            freed; None if it does not hold that page, or nothing is read any more.
+        """
         header = self._slots.get(slot)
         if (
             header is None
@@ -251,24 +286,25 @@ class DiskTier:
             or not self.is_readable
         ):
             self.counters.misses += 1
-            return False
-        started_ns = time.perf_counter_ns()
-        try:
-            found = self._read(slot, into)
-        except OSError as error:
+            return None
+        return GetJob(self._file, self._staging, slot, header, into, self._block_bytes)
+
+    def end_get(self, job: GetJob) -> bool:
+        """Note what became of a page that was to be read; see ``get``."""
+        if job.error is not None:
             self.counters.get_errors += 1
-            self._set_aside(slot, into, str(error))
+            self._set_aside(job.slot, job.into, job.error)
             return False
-        if found != header or checksum(into) != header.checksum:
+        if not job.is_whole:
             self.counters.corrupt += 1
-            self._set_aside(slot, into, "its bytes are not those that were written")
+            self._set_aside(job.slot, job.into, "its bytes are not those that were written")
             return False
         self._reads.over()
-        counters, took_ns = self.counters, time.perf_counter_ns() - started_ns
+        counters = self.counters
         counters.gets += 1
-        counters.bytes_read += into.nbytes
-        counters.get_ns += took_ns
-        counters.get_max_ns = max(counters.get_max_ns, took_ns)
+        counters.bytes_read += job.into.nbytes
+        counters.get_ns += job.took_ns
+        counters.get_max_ns = max(counters.get_max_ns, job.took_ns)
         return True
 
     def free(self, slot: Slot) -> None:
@@ -277,7 +313,7 @@ class DiskTier:
             self._blocks.free(slot.block)
 
     def check_integrity(self) -> None:
-        """Verify that every block is free, or one slot's, or set aside.
+        """Verify that every block is free, or one slot's, or being written, or set aside.
 
         Raises:
             IntegrityError: One is not.
@@ -286,21 +322,15 @@ class DiskTier:
         owned = {
             slot.block: self._num_blocks(header.num_bytes) for slot, header in self._slots.items()
         }
-        owned |= self._quarantined
-        if len(owned) != len(self._slots) + len(self._quarantined):
+        owned |= self._quarantined | self._being_written
+        num_owners = len(self._slots) + len(self._quarantined) + len(self._being_written)
+        if len(owned) != num_owners:
             raise IntegrityError("two slots begin at one block")
         if owned != self._blocks.allocated():
             raise IntegrityError("slots and the blocks that are taken differ")
 
     def _num_blocks(self, num_bytes: int) -> int:
         return 1 + -(-num_bytes // self._block_bytes)
-
-    def _read(self, slot: Slot, into: memoryview) -> SlotHeader | None:
-        header_block, page = self._staging.room_for(into)
-        read_whole(self._file, [header_block, page], slot.block * self._block_bytes)
-        if page is not into:
-            into[:] = page[: into.nbytes]
-        return read_header(header_block)
 
     def _set_aside(self, slot: Slot, into: memoryview, reason: str) -> None:
         into[:] = bytes(into.nbytes)
@@ -312,6 +342,95 @@ class DiskTier:
                 self._reads.limit,
                 reason,
             )
+
+
+class PutJob:
+    """A page on its way to disk.
+
+    Attributes:
+        data: Its bytes.
+        block: Where it goes.
+        header: What was written; None before ``run``, and if that failed.
+        error: Why it failed.
+        took_ns: Time that ``run`` took, the checksum included.
+    """
+
+    def __init__(
+        self,
+        file: TierFile,
+        staging: _Staging,
+        identity: PageIdentity,
+        data: memoryview,
+        block: int,
+        block_bytes: int,
+    ) -> None:
+        self._file = file
+        self._staging = staging
+        self._identity = identity
+        self._offset = block * block_bytes
+        self.data = data
+        self.block = block
+        self.header: SlotHeader | None = None
+        self.error = ""
+        self.took_ns = 0
+
+    def run(self) -> None:
+        """Write it; raises nothing."""
+        started_ns = time.perf_counter_ns()
+        header = SlotHeader(self._identity, self.data.nbytes, checksum(self.data))
+        try:
+            write_whole(self._file, self._staging.filled(header.pack(), self.data), self._offset)
+        except OSError as error:
+            self.error = str(error)
+        else:
+            self.header = header
+        self.took_ns = time.perf_counter_ns() - started_ns
+
+
+class GetJob:
+    """A page on its way back.
+
+    Attributes:
+        slot: Where it lies.
+        into: Where it goes.
+        is_whole: Whether it came as it was written; False before ``run``.
+        error: Why it could not be read; None if it could.
+        took_ns: Time that ``run`` took, the checksum included.
+    """
+
+    def __init__(
+        self,
+        file: TierFile,
+        staging: _Staging,
+        slot: Slot,
+        header: SlotHeader,
+        into: memoryview,
+        block_bytes: int,
+    ) -> None:
+        self._file = file
+        self._staging = staging
+        self._header = header
+        self._offset = slot.block * block_bytes
+        self.slot = slot
+        self.into = into
+        self.is_whole = False
+        self.error: str | None = None
+        self.took_ns = 0
+
+    def run(self) -> None:
+        """Read it; raises nothing."""
+        started_ns = time.perf_counter_ns()
+        header_block, page = self._staging.room_for(self.into)
+        try:
+            read_whole(self._file, [header_block, page], self._offset)
+        except OSError as error:
+            self.error = str(error)
+        else:
+            if page is not self.into:
+                self.into[:] = page[: self.into.nbytes]
+            found = read_header(header_block)
+            self.is_whole = found == self._header and checksum(self.into) == self._header.checksum
+        self.took_ns = time.perf_counter_ns() - started_ns
 
 
 class _Strikes:

@@ -7,14 +7,31 @@ from typing import TYPE_CHECKING
 
 from memd.tiers.header import PageIdentity
 from memd.tiers.holes import fill_hole, punch_hole
+from memd.tiers.runner import run_at_once
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import numpy.typing as npt
 
-    from memd.tiers.disk import DiskTier, Slot
+    from memd.tiers.disk import DiskTier, GetJob, PutJob, Slot
+    from memd.tiers.mover import Move
+    from memd.tiers.runner import Job, Running
 
 __all__ = ["ExtentIO"]
+
+
+class _Move:
+    """A job of the disk tier, and what is to be done after it."""
+
+    def __init__(self, running: Running, finish: Callable[[], bool]) -> None:
+        self._running = running
+        self.finish = finish
+
+    @property
+    def is_done(self) -> bool:
+        return self._running.is_done
 
 
 class ExtentIO:
@@ -27,6 +44,7 @@ class ExtentIO:
         fd: The memfd behind it.
         extent_offset: Where page 0 begins in the region.
         page_bytes: Bytes of a page.
+        run: Runs what waits for the disk; by default in the caller's thread.
 
     Raises:
         ValueError: Pages do not begin and end with memory pages, so that giving one back would not
@@ -42,6 +60,7 @@ class ExtentIO:
         fd: int,
         extent_offset: int,
         page_bytes: int,
+        run: Callable[[Job], Running] = run_at_once,
     ) -> None:
         if extent_offset % mmap.PAGESIZE or page_bytes % mmap.PAGESIZE:
             raise ValueError(
@@ -54,6 +73,7 @@ class ExtentIO:
         self._fd = fd
         self._extent_offset = extent_offset
         self._page_bytes = page_bytes
+        self._run = run
         self._slots: dict[int, Slot] = {}
 
     def __enter__(self) -> ExtentIO:
@@ -65,27 +85,30 @@ class ExtentIO:
         self.close()
 
     def close(self) -> None:
-        """Forget all copies on disk; the memory is its owner's. Idempotent."""
+        """Forget all copies on disk; the memory is its owner's. Idempotent.
+
+        No page may be on its way.
+        """
         for page_id in list(self._slots):
             self.discard(page_id)
 
-    def spill(self, page_id: int, generation: int) -> bool:
-        """Copy a page to disk; see ``PageIO.spill``."""
-        slot = self._disk.put(self._identity(page_id, generation), self._page(page_id))
-        if slot is None:
-            return False
-        self.discard(page_id)
-        self._slots[page_id] = slot
-        return True
+    def spill(self, page_id: int, generation: int) -> Move | None:
+        """Begin to copy a page to disk; see ``PageIO.spill``."""
+        job = self._disk.begin_put(self._identity(page_id, generation), self._page(page_id))
+        if job is None:
+            return None
+        return _Move(self._run(job), lambda: self._spilled(page_id, job))
 
-    def promote(self, page_id: int, generation: int) -> bool:
-        """Copy a page back and forget the copy; see ``PageIO.promote``."""
+    def promote(self, page_id: int, generation: int) -> Move | None:
+        """Begin to copy a page back; see ``PageIO.promote``."""
         slot = self._slots.get(page_id)
         if slot is None:
-            return False
-        is_whole = self._disk.get(slot, self._identity(page_id, generation), self._page(page_id))
-        self.discard(page_id)
-        return is_whole
+            return None
+        job = self._disk.begin_get(slot, self._identity(page_id, generation), self._page(page_id))
+        if job is None:
+            self.discard(page_id)
+            return None
+        return _Move(self._run(job), lambda: self._promoted(page_id, job))
 
     def discard(self, page_id: int) -> None:
         """Forget a page's copy, if there is one; see ``PageIO.discard``."""
@@ -100,6 +123,19 @@ class ExtentIO:
     def punch(self, page_id: int) -> None:
         """Give the memory behind a page back; see ``PageIO.punch``."""
         punch_hole(self._fd, self._offset(page_id), self._page_bytes)
+
+    def _spilled(self, page_id: int, job: PutJob) -> bool:
+        slot = self._disk.end_put(job)
+        if slot is None:
+            return False
+        self.discard(page_id)
+        self._slots[page_id] = slot
+        return True
+
+    def _promoted(self, page_id: int, job: GetJob) -> bool:
+        is_whole = self._disk.end_get(job)
+        self.discard(page_id)
+        return is_whole
 
     def _identity(self, page_id: int, generation: int) -> PageIdentity:
         return PageIdentity(self._owner, page_id, generation)

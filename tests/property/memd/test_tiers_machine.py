@@ -35,11 +35,14 @@ from memd.tiers.files import BLOCK_BYTES
 from memd.tiers.header import HEADER_BYTES, PageIdentity
 from memd.tiers.holes import allocated_bytes
 from memd.tiers.mover import PageMover, Progress
+from memd.tiers.runner import Running, run_at_once
 from memd.tiers.testing import FakeFile
 from memd.tiers.tiered import Place, TieredPages, Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from memd.tiers.runner import Job
 
 NUM_BLOCKS = 24
 # Never used up in these runs, where errors are many: what happens then has its own tests.
@@ -179,8 +182,8 @@ class PolicyMachine(RuleBasedStateMachine):
     num_pages = 6
     page_sets = st.sets(st.integers(0, num_pages - 1), max_size=num_pages)
 
-    @initialize(name=st.sampled_from(POLICY_NAMES))
-    def start(self, name: str) -> None:
+    @initialize(name=st.sampled_from(POLICY_NAMES), is_slow=st.booleans())
+    def start(self, name: str, is_slow: bool) -> None:
         self.name = name
         self.policy = eviction_policy(name, self.num_pages)
         # The model: depth, uses, rank and last use of the pages that were admitted.
@@ -267,8 +270,8 @@ class TieredMachine(RuleBasedStateMachine):
     are_right = st.sampled_from([True, True, True, False])
     pins = Bundle("pins")
 
-    @initialize(name=st.sampled_from(POLICY_NAMES))
-    def start(self, name: str) -> None:
+    @initialize(name=st.sampled_from(POLICY_NAMES), is_slow=st.booleans())
+    def start(self, name: str, is_slow: bool) -> None:
         self.fd = os.memfd_create("test")
         os.ftruncate(self.fd, NUM_PAGES * PAGE)
         memory = np.frombuffer(mmap.mmap(self.fd, NUM_PAGES * PAGE), dtype=np.uint8)
@@ -280,8 +283,16 @@ class TieredMachine(RuleBasedStateMachine):
             max_errors_in_a_row=PATIENCE,
             open_file=lambda directory, num_bytes: self.file,
         )
+        # What a slow disk has not done yet.
+        self.running: list[Running] = []
         self.io = ExtentIO(
-            self.disk, owner=1, memory=memory, fd=self.fd, extent_offset=0, page_bytes=PAGE
+            self.disk,
+            owner=1,
+            memory=memory,
+            fd=self.fd,
+            extent_offset=0,
+            page_bytes=PAGE,
+            run=self.run_later if is_slow else run_at_once,
         )
         self.pages = TieredPages(NUM_PAGES, HOST_PAGES, eviction_policy(name, NUM_PAGES))
         self.mover = PageMover(self.pages, self.io)
@@ -297,9 +308,25 @@ class TieredMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "fd"):
+            self.settle()
             self.io.close()
             assert self.disk.num_slots == 0
             os.close(self.fd)
+
+    def run_later(self, job: Job) -> Running:
+        """What the daemon's thread is."""
+        self.running.append(Running(job))
+        return self.running[-1]
+
+    def settle(self) -> None:
+        """Let the page that is on its way arrive, and have the books done."""
+        self.arrive()
+        self.mover.keep_room(0)
+
+    @rule()
+    def arrive(self) -> None:
+        while self.running:
+            self.running.pop().run()
 
     def write(self, page: int) -> None:
         """The client writes a whole page, each time something else."""
@@ -307,11 +334,13 @@ class TieredMachine(RuleBasedStateMachine):
         self.contents[page] = self.num_writes % 255 + 1
         self.memory[page] = self.contents[page]
 
-    def bring(self, pages: list[int], most_steps: int = 3 * NUM_PAGES) -> bool:
+    def bring(self, pages: list[int], most_steps: int = 6 * NUM_PAGES) -> bool:
         """Step until the pages are there; False if there is no room for them."""
         for _ in range(most_steps):
             progress = self.mover.bring(pages)
-            if progress is not Progress.MOVED:
+            if progress is Progress.MOVING:
+                self.arrive()
+            elif progress is not Progress.MOVED:
                 return progress is Progress.DONE
         raise AssertionError("it never ends")
 
@@ -425,6 +454,8 @@ class TieredMachine(RuleBasedStateMachine):
 
     @rule(pages=consumes(pins))
     def unpin(self, pages: list[int]) -> None:
+        # Nobody gives up while a page that he waits for is on its way.
+        self.settle()
         self.pages.unpin(pages)
         for page in pages:
             self.num_pins[page] -= 1
@@ -487,7 +518,9 @@ class TieredMachine(RuleBasedStateMachine):
         assert places.count(Place.HOST) <= HOST_PAGES
         assert places.count(Place.DISK) == self.disk.num_slots
         assert self.was_spoilt or Place.LOST not in places
-        assert allocated_bytes(self.fd) == places.count(Place.HOST) * PAGE
+        moving = self.mover._moving
+        num_coming = moving is not None and not moving.is_spill
+        assert allocated_bytes(self.fd) == (places.count(Place.HOST) + num_coming) * PAGE
         for page, place in enumerate(places):
             if self.uses[page] in (Use.RESERVED, Use.SEALED):
                 assert place in (Place.HOST, Place.LOST)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from memd.tiers.mover import Move
+
 PAGE = 16384
 OFFSET = 8192
 NUM_PAGES = 4
@@ -45,6 +47,11 @@ class Setup:
         return self.memory[OFFSET + page_id * PAGE :][:PAGE]
 
 
+def moved(move: Move | None) -> bool:
+    """Whether a page has arrived."""
+    return move is not None and move.is_done and move.finish()
+
+
 @pytest.fixture
 def setup() -> Iterator[Setup]:
     fd = os.memfd_create("test")
@@ -59,12 +66,12 @@ def test_a_page_goes_to_disk_and_comes_back_to_its_address(setup: Setup) -> None
         setup.page(page_id)[:] = page_id + 1
     assert allocated_bytes(setup.fd) == NUM_PAGES * PAGE
     for page_id in range(NUM_PAGES):
-        assert setup.io.spill(page_id, 10 + page_id)
+        assert moved(setup.io.spill(page_id, 10 + page_id))
         setup.io.punch(page_id)
     assert allocated_bytes(setup.fd) == 0
     for page_id in (2, 0):
         assert setup.io.fill(page_id)
-        assert setup.io.promote(page_id, 10 + page_id)
+        assert moved(setup.io.promote(page_id, 10 + page_id))
         assert (setup.page(page_id) == page_id + 1).all()
     assert allocated_bytes(setup.fd) == 2 * PAGE
     assert setup.disk.num_slots == 2, "what is back has no copy any more"
@@ -72,42 +79,42 @@ def test_a_page_goes_to_disk_and_comes_back_to_its_address(setup: Setup) -> None
 
 def test_another_generation_does_not_come_back(setup: Setup) -> None:
     setup.page(0)[:] = 1
-    assert setup.io.spill(0, 1)
-    assert not setup.io.promote(0, 2)
-    assert not setup.io.promote(3, 1)
+    assert moved(setup.io.spill(0, 1))
+    assert not moved(setup.io.promote(0, 2))
+    assert not moved(setup.io.promote(3, 1))
 
 
 def test_two_owners_with_the_same_pages_do_not_meet(setup: Setup) -> None:
     other = setup.extent(owner=2, offset=OFFSET + NUM_PAGES * PAGE)
     setup.page(0)[:] = 1
     setup.memory[OFFSET + NUM_PAGES * PAGE :][:PAGE] = 2
-    assert setup.io.spill(0, 1)
-    assert other.spill(0, 1)
+    assert moved(setup.io.spill(0, 1))
+    assert moved(other.spill(0, 1))
     setup.io.punch(0)
     other.punch(0)
-    assert setup.io.promote(0, 1)
-    assert other.promote(0, 1)
+    assert moved(setup.io.promote(0, 1))
+    assert moved(other.promote(0, 1))
     assert (setup.page(0) == 1).all()
     assert (setup.memory[OFFSET + NUM_PAGES * PAGE :][:PAGE] == 2).all()
 
 
 def test_a_second_copy_replaces_the_first(setup: Setup) -> None:
     setup.page(0)[:] = 1
-    assert setup.io.spill(0, 1)
+    assert moved(setup.io.spill(0, 1))
     setup.page(0)[:] = 2
-    assert setup.io.spill(0, 2)
+    assert moved(setup.io.spill(0, 2))
     assert setup.disk.num_slots == 1
     setup.io.punch(0)
-    assert setup.io.promote(0, 2)
+    assert moved(setup.io.promote(0, 2))
     assert (setup.page(0) == 2).all()
 
 
 def test_closing_frees_the_copies_of_this_owner_only(setup: Setup) -> None:
     other = setup.extent(owner=2, offset=OFFSET + NUM_PAGES * PAGE)
     with setup.io as io:
-        assert io.spill(0, 1)
-        assert io.spill(1, 2)
-        assert other.spill(0, 1)
+        assert moved(io.spill(0, 1))
+        assert moved(io.spill(1, 2))
+        assert moved(other.spill(0, 1))
     assert setup.disk.num_slots == 1
     setup.io.close()
     setup.disk.check_integrity()
@@ -115,7 +122,7 @@ def test_closing_frees_the_copies_of_this_owner_only(setup: Setup) -> None:
 
 def test_a_full_disk_is_a_value(setup: Setup) -> None:
     large = setup.extent(owner=1, offset=0, page_bytes=1 << 20)
-    assert not large.spill(0, 1)
+    assert not moved(large.spill(0, 1))
     large.discard(0)
 
 

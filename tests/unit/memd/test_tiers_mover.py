@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from memd.tiers.eviction import eviction_policy
@@ -7,24 +9,49 @@ from memd.tiers.mover import PageMover, Progress
 from memd.tiers.tiered import Place, TieredPages
 
 
+@dataclasses.dataclass
+class FakeMove:
+    """A page that arrives when the test says so."""
+
+    is_whole: bool
+    is_done: bool
+
+    def finish(self) -> bool:
+        assert self.is_done
+        return self.is_whole
+
+
 class Journal:
     """Moves nothing, and notes what it was asked for; a ``PageIO``."""
 
     def __init__(self) -> None:
+        self.is_slow = False
+        self.last: FakeMove | None = None
         self.steps: list[tuple[str, int]] = []
         self.is_disk_full = False
+        self.is_disk_broken = False
+        self.gone: set[int] = set()
         self.is_memory_short = False
         self.rotten: set[int] = set()
 
-    def spill(self, page_id: int, generation: int) -> bool:
+    def spill(self, page_id: int, generation: int) -> FakeMove | None:
         assert generation > 0
         self.steps.append(("spill", page_id))
-        return not self.is_disk_full
+        return None if self.is_disk_full else self._move(not self.is_disk_broken)
 
-    def promote(self, page_id: int, generation: int) -> bool:
+    def promote(self, page_id: int, generation: int) -> FakeMove | None:
         assert generation > 0
         self.steps.append(("promote", page_id))
-        return page_id not in self.rotten
+        return None if page_id in self.gone else self._move(page_id not in self.rotten)
+
+    def arrive(self) -> None:
+        """Let the page that is on its way arrive."""
+        assert self.last is not None
+        self.last.is_done = True
+
+    def _move(self, is_whole: bool) -> FakeMove:
+        self.last = FakeMove(is_whole, not self.is_slow)
+        return self.last
 
     def discard(self, page_id: int) -> None:
         self.steps.append(("discard", page_id))
@@ -175,3 +202,73 @@ def test_releasing_a_page_on_disk_frees_its_copy(setup: Setup) -> None:
     setup.write(2)
     setup.mover.release([0, 1])
     assert setup.io.taken() == [("discard", 0)]
+
+
+def test_a_page_that_cannot_be_written_stays(setup: Setup) -> None:
+    setup.write(0, 1)
+    setup.io.is_disk_broken = True
+    setup.pages.reserve([2])
+    assert setup.mover.bring([2]) is Progress.STUCK
+    assert setup.io.taken() == [("spill", 0)]
+    assert setup.pages.place(0) is Place.HOST
+
+
+def test_a_page_without_a_copy_is_lost_and_takes_no_memory(setup: Setup) -> None:
+    setup.write(0, 1)
+    setup.write(2)
+    setup.io.gone.add(0)
+    setup.mover.release([1])
+    setup.pages.pin([0])
+    assert setup.mover.bring([0]) is Progress.MOVED
+    setup.io.taken()
+    assert setup.mover.bring([0]) is Progress.DONE
+    assert setup.io.taken() == [("fill", 0), ("promote", 0), ("punch", 0)]
+    assert setup.pages.place(0) is Place.LOST
+
+
+class TestOnItsWay:
+    """While a page is on its way to disk or back, nothing else of the client is moved."""
+
+    def begin_to_spill(self, setup: Setup) -> None:
+        setup.write(0, 1)
+        setup.io.is_slow = True
+        setup.pages.reserve([2])
+        assert setup.mover.bring([2]) is Progress.MOVING
+        assert setup.mover.is_moving
+        assert setup.io.taken() == [("spill", 0)]
+
+    def test_everybody_waits_for_it(self, setup: Setup) -> None:
+        self.begin_to_spill(setup)
+        assert setup.mover.bring([2]) is Progress.MOVING
+        assert setup.mover.keep_room(1) is Progress.MOVING
+        assert setup.io.taken() == []
+        setup.io.arrive()
+        assert not setup.mover.is_moving
+        assert setup.mover.bring([2]) is Progress.DONE
+        assert setup.io.taken() == [("punch", 0), ("fill", 2)]
+
+    @pytest.mark.parametrize("verb", ["pin", "thaw", "release"])
+    def test_a_page_that_is_wanted_meanwhile_stays(self, setup: Setup, verb: str) -> None:
+        self.begin_to_spill(setup)
+        if verb == "release":
+            setup.mover.release([0])
+        else:
+            getattr(setup.pages, verb)([0])
+        setup.io.arrive()
+        setup.mover.keep_room(0)
+        assert setup.io.taken() == [("discard", 0)], "the copy is of no use"
+        assert setup.pages.place(0) is Place.HOST
+        setup.pages.check_integrity()
+
+    def test_a_page_comes_back_when_it_has_arrived(self, setup: Setup) -> None:
+        setup.write(0, 1)
+        setup.write(2)
+        setup.mover.release([1])
+        setup.pages.pin([0])
+        assert setup.mover.bring([0]) is Progress.MOVED
+        setup.io.is_slow = True
+        assert setup.mover.bring([0]) is Progress.MOVING
+        assert setup.pages.place(0) is Place.DISK
+        setup.io.arrive()
+        assert setup.mover.bring([0]) is Progress.DONE
+        assert setup.pages.place(0) is Place.HOST
