@@ -22,7 +22,7 @@ import dataclasses
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from memd.protocol import (
     ErrorReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     KVLayout,
@@ -48,12 +50,14 @@ from memd.protocol import (
     ReserveReply,
     Stats,
     StatsReply,
+    Thaw,
+    ThawReply,
     decode_reply,
     encode,
 )
 from memd.registration import Registration, register
 from memd.store import PageState
-from memd.tickets import FetchTicket, ReserveTicket, Ticket
+from memd.tickets import FetchTicket, ReserveTicket, ThawTicket, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,6 +69,7 @@ __all__ = [
     "MemdClient",
     "MemdProcess",
     "ReserveTicket",
+    "ThawTicket",
     "Ticket",
     "spawn_memd",
 ]
@@ -78,6 +83,8 @@ _MAX_POLL_GAP_S = 1.0
 _GOODBYE_WAIT_S = 1.0
 # Of a memd that does not say how long a request may be.
 _COMMON_FRAME_BYTES = 16 << 20
+
+_SomeTicket = TypeVar("_SomeTicket", bound=Ticket)
 
 _LOST_CODES = frozenset({ErrorCode.NOT_REGISTERED, ErrorCode.MALFORMED, ErrorCode.TOO_LARGE})
 
@@ -99,6 +106,8 @@ class _Counters:
     reserves_full: int = 0
     commits: int = 0
     releases: int = 0
+    freezes: int = 0
+    thaws: int = 0
     fetches_issued: int = 0
     fetches_landed: int = 0
     fetches_failed: int = 0
@@ -114,8 +123,10 @@ class MemdClient:
     Attributes:
         layout: Layout of the pages.
         num_pages: Pages of the extent.
+        host_pages: How many of them may be in memory at a time; all unless memd has a disk.
         pages: uint8 [num_pages, num_heads, page_tokens, row_bytes], writable, shared with memd.
-            Write only pages that are reserved and not yet committed.
+            Write only pages that are reserved and not yet committed, or rows of sealed ones that no
+            fetch was told of. Touch no page that is frozen, and may be on disk.
         landing: uint8 [landing_rows, row_bytes], written by memd for fetches in flight, else
             stable.
         address: Where memd listens.
@@ -148,6 +159,7 @@ class MemdClient:
         self.memd_pid = registration.memd_pid
         hello, extent = registration.hello, registration.extent
         self.client_id = hello.client_id
+        self.host_pages = hello.host_pages or num_pages
         shape = (num_pages, layout.num_heads, layout.page_tokens, layout.row_bytes)
         self.pages: npt.NDArray[np.uint8] = extent[: num_pages * layout.page_bytes].reshape(shape)
         ring_bytes = hello.landing_rows * layout.row_bytes
@@ -187,6 +199,7 @@ class MemdClient:
         landing_rows: int,
         deadline_s: float = 10.0,
         name: str = "",
+        host_pages: int = 0,
     ) -> MemdClient:
         """Register with the memd at ``address`` and map the extent; blocks, at most ``deadline_s``.
 
@@ -197,6 +210,8 @@ class MemdClient:
             landing_rows: Rows of the landing ring; no fetch can be longer.
             deadline_s: Bound of this call, and later of every request, in seconds.
             name: Free text that ``memd status`` shows.
+            host_pages: How many pages need memory at a time, if memd has a disk for the others; 0
+                means all. What memd grants is in ``host_pages``.
 
         Raises:
             MemdUnavailable: Nobody serves the address, or memd refused this process.
@@ -212,6 +227,7 @@ class MemdClient:
             landing_rows=landing_rows,
             deadline_s=deadline_s,
             name=name,
+            host_pages=host_pages,
         )
         return cls(
             registration, layout, num_pages=num_pages, address=address, deadline_s=deadline_s
@@ -229,6 +245,11 @@ class MemdClient:
     def is_alive(self) -> bool:
         """Whether memd was there at the last ``poll``; False for ever once lost or closed."""
         return self._lost_reason is None
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether frozen pages may leave memory."""
+        return self.host_pages < self.num_pages
 
     @property
     def lost_reason(self) -> str | None:
@@ -300,10 +321,65 @@ class MemdClient:
         """
         if not self.is_alive:
             return
-        held = (PageState.RESERVED, PageState.SEALED)
+        held = (PageState.RESERVED, PageState.SEALED, PageState.FROZEN)
         ids = self._move(page_ids, held, PageState.FREE, "release")
         self._pages_used -= ids.size
         self._counters.releases += self._tell("release", ids, Release)
+
+    def freeze(
+        self, page_ids: npt.ArrayLike | Iterable[int], depths: npt.ArrayLike | None = None
+    ) -> None:
+        """Promise not to write sealed pages until ``thaw``: memd may move them to disk.
+
+        Fetches read them as before, after they have come back. Nothing changes where memd has no
+        disk; ``has_disk`` tells.
+
+        Args:
+            page_ids: Integers [n], each once.
+            depths: How deep in a prompt each lies, integers [n], the first page of a prompt at 0;
+                None says nothing.
+
+        Raises:
+            ValueError: A page is not sealed, or there is not one depth for each (never once memd is
+                lost).
+        """
+        if not self.is_alive:
+            return
+        ids = np.asarray(page_ids, dtype=np.int64).reshape(-1)
+        deep = [] if depths is None else np.asarray(depths, dtype=np.int64).reshape(-1).tolist()
+        if depths is not None and (len(deep) != ids.size or min(deep, default=0) < 0):
+            raise ValueError(f"freeze: need a depth >= 0 for each of {ids.size} pages, got {deep}")
+        ids = self._move(ids, (PageState.SEALED,), PageState.FROZEN, "freeze")
+        for start in range(0, ids.size, MAX_PAGES_PER_MESSAGE):
+            part = slice(start, start + MAX_PAGES_PER_MESSAGE)
+            self._request("freeze", None, partial(_freeze, ids[part].tolist(), deep[part]))
+            self._counters.freezes += 1
+
+    def thaw(self, page_ids: npt.ArrayLike | Iterable[int]) -> ThawTicket:
+        """Take ``freeze`` back: once the ticket is done the pages are in memory and stay there.
+
+        A ticket that ends with an error has thawed none of them. Pages whose bytes are ``lost``
+        have to be released.
+
+        Args:
+            page_ids: Integers [n], each once, at most 1,048,576.
+
+        Raises:
+            ValueError: A page is not frozen, or there are too many (never once memd is lost).
+        """
+        ids = np.asarray(page_ids, dtype=np.int64).reshape(-1)
+        ticket = ThawTicket(ids)
+        if not self.is_alive:
+            return _failed(ticket, self._lost_reason)
+        if ids.size > MAX_PAGES_PER_MESSAGE:
+            raise ValueError(f"thaw: at most {MAX_PAGES_PER_MESSAGE} pages, got {ids.size}")
+        if len(self._in_flight) >= _MAX_IN_FLIGHT:
+            return _failed(ticket, f"{_MAX_IN_FLIGHT} requests are in flight")
+        # They stay frozen until memd says otherwise.
+        self._move(ids, (PageState.FROZEN,), PageState.FROZEN, "thaw")
+        self._counters.thaws += 1
+        self._request("thaw", ticket, lambda i: Thaw(request_id=i, page_ids=ids.tolist()))
+        return ticket
 
     def fetch(self, rows: npt.NDArray[np.int64]) -> FetchTicket | None:
         """Ask memd to gather rows of sealed pages into the landing ring.
@@ -397,9 +473,9 @@ class MemdClient:
         """What is known now, as plain data; also asks memd for news, which a later call shows.
 
         Keys: ``state`` (``"alive"``, ``"lost"``, ``"closed"``), ``lost_reason``, ``address``,
-        ``pid``, ``pages``, ``pages_used``, ``landing_rows``, ``landing_rows_used``, ``in_flight``,
-        ``counters`` (this client's), ``server`` (memd's last answer, keys in ``memd.metrics``;
-        empty before the first one).
+        ``pid``, ``pages``, ``host_pages``, ``pages_used``, ``landing_rows``,
+        ``landing_rows_used``, ``in_flight``, ``counters`` (this client's), ``server`` (memd's last
+        answer, keys in ``memd.metrics``; empty before the first one).
         """
         if self.is_alive and self._stats_id is None:
             self._stats_id = self._request("stats", None, lambda i: Stats(request_id=i))
@@ -410,6 +486,7 @@ class MemdClient:
             "address": self.address,
             "pid": self.memd_pid,
             "pages": self.num_pages,
+            "host_pages": self.host_pages,
             "pages_used": self._pages_used,
             "landing_rows": self._ring.size,
             "landing_rows_used": self._ring.num_allocated,
@@ -470,7 +547,7 @@ class MemdClient:
         mine = next((c for c in clients if c.get("client_id") == self.client_id), None)
         if mine is None:
             raise IntegrityError(f"memd knows no client {self.client_id}")
-        for state in (PageState.FREE, PageState.RESERVED, PageState.SEALED):
+        for state in (PageState.FREE, PageState.RESERVED, PageState.SEALED, PageState.FROZEN):
             here = int(np.count_nonzero(self._states == state))
             there = mine.get(f"pages_{state.name.lower()}")
             if here != there:
@@ -559,6 +636,9 @@ class MemdClient:
             self._counters.rows_landed += ticket.num_rows
             self._counters.bytes_landed += ticket.num_rows * self.layout.row_bytes
             self._complete(ticket, None)
+        elif isinstance(reply, ThawReply):
+            assert isinstance(ticket, ThawTicket), "checked above"
+            self._on_thawed(ticket, reply)
         elif isinstance(reply, StatsReply):
             self._stats_id = None
             self._server_stats = reply.stats
@@ -571,7 +651,7 @@ class MemdClient:
             self._complete(pending.ticket, message)
         if pending.kind == "stats":
             self._stats_id = None
-        if reply.code in _LOST_CODES or pending.kind in ("commit", "release"):
+        if reply.code in _LOST_CODES or pending.kind in ("commit", "release", "freeze"):
             # The two sides no longer agree on who holds what.
             self._lose(f"memd refused a {pending.kind} ({message})")
 
@@ -599,6 +679,13 @@ class MemdClient:
         self._complete(ticket, None)
         if ticket.is_cancelled and ticket.page_ids is not None:
             self.release(ticket.page_ids)
+
+    def _on_thawed(self, ticket: ThawTicket, reply: ThawReply) -> None:
+        ticket.lost = np.array(reply.lost, dtype=np.int64)
+        # But for those that were released meanwhile.
+        is_held = self._states[ticket.page_ids] == PageState.FROZEN
+        self._states[ticket.page_ids[is_held]] = PageState.SEALED
+        self._complete(ticket, None)
 
     def _complete(self, ticket: Ticket, error: str | None) -> None:
         ticket.is_done, ticket.error = True, error
@@ -632,6 +719,8 @@ _REPLY_TO: dict[str, type[Reply]] = {
     "commit": CommitReply,
     "fetch": FetchReply,
     "release": ReleaseReply,
+    "freeze": FreezeReply,
+    "thaw": ThawReply,
     "stats": StatsReply,
     "goodbye": GoodbyeReply,
 }
@@ -648,6 +737,12 @@ def _what_is_wrong(pending: _Pending, reply: Reply) -> str | None:
         and reply.num_rows != ticket.num_rows
     ):
         return f"{reply.num_rows} rows instead of {ticket.num_rows}"
+    if (
+        isinstance(ticket, ThawTicket)
+        and isinstance(reply, ThawReply)
+        and not set(reply.lost) <= set(ticket.page_ids.tolist())
+    ):
+        return f"lost pages that it was not asked for ({reply.lost[:8]})"
     return None
 
 
@@ -657,6 +752,10 @@ def _pages_message(
     return message(request_id=request_id, page_ids=page_ids)
 
 
-def _failed(ticket: ReserveTicket, reason: str | None) -> ReserveTicket:
+def _freeze(page_ids: list[int], depths: list[int], request_id: int) -> Request:
+    return Freeze(request_id=request_id, page_ids=page_ids, depths=depths)
+
+
+def _failed(ticket: _SomeTicket, reason: str | None) -> _SomeTicket:
     ticket.is_done, ticket.error = True, reason
     return ticket

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import tempfile
 from pathlib import Path
 
@@ -13,33 +12,9 @@ from memd.endpoint import Endpoint
 from memd.errors import ConfigError
 from memd.logs import LOG_FORMATS, LOG_LEVELS
 from memd.numa import is_policy
+from memd.tiers.eviction import POLICY_NAMES
 
-__all__ = ["MemdConfig", "default_address", "format_bytes", "parse_bytes", "runtime_directory"]
-
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in ``"123"``, ``"64MiB"`` or ``"1.5GiB"``; binary units only, so nobody has to guess.
-
-    Raises:
-        ConfigError: The text is something else, or not a whole positive number of bytes.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|KiB|MiB|GiB|TiB)\s*", text)
-    num_bytes = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if num_bytes < 1 or num_bytes != int(num_bytes):
-        raise ConfigError(
-            f"a size is a number with KiB, MiB, GiB or TiB, for example 4GiB; got {text!r}"
-        )
-    return int(num_bytes)
-
-
-def format_bytes(num_bytes: int) -> str:
-    """``num_bytes`` for people, in the largest binary unit that leaves at least 1."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if num_bytes >= _UNITS[unit]:
-            return f"{num_bytes / _UNITS[unit]:.4g} {unit}"
-    return f"{num_bytes} B"
+__all__ = ["MemdConfig", "default_address", "runtime_directory"]
 
 
 def runtime_directory() -> Path:
@@ -68,6 +43,9 @@ class MemdConfig:
         client_bytes: Most bytes of the region for one client, 0 for no bound but the region.
         drain_s: How long SIGTERM lets clients go on, in seconds, 0 to 3600.
         metrics_port: Port of the metrics and probes on 127.0.0.1, 0 for none.
+        disk_dir: Directory for pages that leave memory, empty for none.
+        disk_bytes: Disk space for them, 0 for none; goes with ``disk_dir``.
+        eviction: Which pages leave first: ``depth``, ``lru`` or ``lfu``.
         link_gbps: Rate of the interconnect to imitate, gigabits a second, 0 for none.
         link_latency_us: Its latency, microseconds, 0 for none.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -88,6 +66,9 @@ class MemdConfig:
     client_bytes: int = 0
     drain_s: float = 5.0
     metrics_port: int = 0
+    disk_dir: str = ""
+    disk_bytes: int = 0
+    eviction: str = "depth"
     link_gbps: float = 0.0
     link_latency_us: float = 0.0
     log_level: str = "info"
@@ -135,6 +116,7 @@ class MemdConfig:
             f"--metrics-port must be 0 to 65535, got {self.metrics_port}",
             "0 serves no metrics",
         )
+        self._check_disk()
         for name, unit in (("link_gbps", "Gbit/s"), ("link_latency_us", "microseconds")):
             value = getattr(self, name)
             _require(
@@ -171,6 +153,37 @@ class MemdConfig:
             self.scrub_bytes >= 4096,
             f"scrub_bytes must be at least 4096, got {self.scrub_bytes}",
             "16 MiB are some 3 ms",
+        )
+
+    def _check_disk(self) -> None:
+        _require(
+            bool(self.disk_dir) == bool(self.disk_bytes),
+            f"--disk-dir and --disk-bytes go together, got {self.disk_dir or 'no directory'} and "
+            f"{self.disk_bytes} bytes",
+            "for example --disk-dir /mnt/nvme --disk-bytes 256GiB",
+        )
+        _require(
+            self.eviction in POLICY_NAMES,
+            f"--eviction must be one of {', '.join(POLICY_NAMES)}, got {self.eviction}",
+            f"the default is {MemdConfig.eviction}",
+        )
+        if not self.disk_dir:
+            return
+        _require(
+            self.disk_bytes >= 1 << 20,
+            f"--disk-bytes must be at least 1 MiB, got {self.disk_bytes}",
+            "a tier that is worth it has many gigabytes",
+        )
+        _require(
+            not self.lock,
+            "--lock does not go with --disk-dir, which gives memory back that a page has left",
+            "leave one of them out",
+        )
+        _require(
+            self.numa == MemdConfig.numa,
+            f"--numa {self.numa} does not go with --disk-dir, where the kernel places memory as "
+            "pages come and go",
+            "leave one of them out, or run memd under numactl",
         )
 
 

@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from memd.config import format_bytes
 from memd.histogram import percentile_of
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

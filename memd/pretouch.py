@@ -21,8 +21,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Literal
 
-from memd.config import format_bytes
 from memd.errors import ConfigError
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

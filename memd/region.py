@@ -4,7 +4,8 @@ It has no name anywhere, so nothing can be left behind: the kernel frees it when
 last client that maps it are gone, however they ended. It is sealed against resizing, so that no
 holder of the descriptor can truncate it under another's feet (which would be a SIGBUS there). Every
 byte is allocated before the daemon says it is ready: memory that is missing is a refusal at start,
-never a crash later.
+never a crash later. Above a disk tier it has more addresses than memory and begins without any;
+there memory is put behind a page before anybody is told to write it (``memd.tiers``).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memd import limits, numa
-from memd.config import format_bytes
 from memd.errors import ConfigError
 from memd.pretouch import pretouch
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
+
+    from memd.pretouch import Pretouched
 
 __all__ = ["HEADROOM_BYTES", "Region", "largest_lockable_region", "largest_region"]
 
@@ -59,7 +62,9 @@ class Region:
     """Shared memory of a fixed size, owned by the daemon; a context manager.
 
     Args:
-        num_bytes: Size; rounded down to whole memory pages.
+        num_bytes: Its memory; rounded down to whole memory pages.
+        address_bytes: Its size, if it is to have more addresses than memory: then it begins without
+            any, and whoever uses it has to see that it takes no more than ``num_bytes``.
         nodes: NUMA nodes that it is spread over; empty: where the kernel likes.
         lock: Whether it must never be swapped out.
         should_stop: Asked between slices of the pre-touch; True ends it with ``InterruptedError``.
@@ -67,10 +72,11 @@ class Region:
             time.
 
     Attributes:
-        num_bytes: Size.
+        num_bytes: Size, in addresses.
+        memory_bytes: How much of it may have memory.
         fd: The memfd, to be handed to clients.
         memory: Every byte of it, uint8 [num_bytes], writable.
-        pretouched: How fast it was made.
+        pretouched: How fast it was made; None if it began without memory.
 
     Raises:
         ConfigError: The host, the cgroup or the limit of locked memory has not that much; the
@@ -82,12 +88,16 @@ class Region:
         self,
         num_bytes: int,
         *,
+        address_bytes: int | None = None,
         nodes: Sequence[numa.Node] = (),
         lock: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int], None] = lambda num_ready, num_bytes: None,
     ) -> None:
-        self.num_bytes = num_bytes - num_bytes % mmap.PAGESIZE
+        self.memory_bytes = num_bytes - num_bytes % mmap.PAGESIZE
+        self.num_bytes = self.memory_bytes
+        if address_bytes is not None:
+            self.num_bytes = address_bytes - address_bytes % mmap.PAGESIZE
         self._require_room(lock)
         self.fd = _memfd()
         try:
@@ -96,9 +106,11 @@ class Region:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, self.num_bytes)
             self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
-            self.pretouched = pretouch(
-                self.memory, self.fd, nodes=nodes, should_stop=should_stop, progress=progress
-            )
+            self.pretouched: Pretouched | None = None
+            if address_bytes is None:
+                self.pretouched = pretouch(
+                    self.memory, self.fd, nodes=nodes, should_stop=should_stop, progress=progress
+                )
             if lock:
                 self._lock(should_stop)
         except BaseException:
@@ -127,20 +139,21 @@ class Region:
         return numa.placement(self.memory.ctypes.data, self.num_bytes)
 
     def _require_room(self, lock: bool) -> None:
+        wanted = self.memory_bytes
         largest = largest_region()
-        if self.num_bytes > largest.num_bytes:
+        if wanted > largest.num_bytes:
             raise ConfigError(
-                f"a region of {format_bytes(self.num_bytes)} does not fit: {largest.source} leaves "
+                f"a region of {format_bytes(wanted)} does not fit: {largest.source} leaves "
                 f"room for {format_bytes(largest.num_bytes)}; ask for at most "
                 f"--bytes {largest.num_bytes}"
             )
         lockable = largest_lockable_region()
-        if lock and lockable is not None and self.num_bytes > lockable:
+        if lock and lockable is not None and wanted > lockable:
             raise ConfigError(
                 f"--lock: RLIMIT_MEMLOCK lets this process lock {format_bytes(lockable)}, the "
-                f"region needs {self.num_bytes} bytes; raise it (systemd: "
-                f"LimitMEMLOCK={self.num_bytes}, Docker: --ulimit memlock={self.num_bytes}, shell: "
-                f"ulimit -l {-(-self.num_bytes // 1024)}), ask for at most --bytes {lockable}, or "
+                f"region needs {wanted} bytes; raise it (systemd: "
+                f"LimitMEMLOCK={wanted}, Docker: --ulimit memlock={wanted}, shell: "
+                f"ulimit -l {-(-wanted // 1024)}), ask for at most --bytes {lockable}, or "
                 f"leave --lock out"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import mmap
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = ["Registration", "register"]
+
+_MADV_POPULATE_WRITE = 23
 
 # What a refused Hello means, but for the two sides not fitting each other.
 _ERRORS: dict[ErrorCode, type[MemdError]] = {
@@ -62,12 +65,15 @@ def register(
     landing_rows: int,
     deadline_s: float,
     name: str,
+    host_pages: int = 0,
 ) -> Registration:
     """Register with the memd at ``address``; see ``MemdClient.connect``."""
     if num_pages < 1 or landing_rows < 0:
         raise ValueError(
             f"need num_pages >= 1 and landing_rows >= 0, got {num_pages} and {landing_rows}"
         )
+    if not 0 <= host_pages <= num_pages:
+        raise ValueError(f"host_pages must be 0 to num_pages ({num_pages}), got {host_pages}")
     endpoint = Endpoint.parse(address)
     deadline = time.monotonic() + deadline_s
     connection, welcome, region_fd = attach(endpoint, deadline_s)
@@ -86,6 +92,7 @@ def register(
         num_pages=num_pages,
         landing_bytes=landing_rows * layout.row_bytes,
         name=name,
+        host_pages=host_pages,
     )
     try:
         hello = _say_hello(channel, request, deadline=deadline)
@@ -146,6 +153,7 @@ def _map_extent(
         and num_pages * layout.page_bytes <= hello.landing_offset
         and hello.landing_rows == landing_rows
         and hello.landing_offset + hello.landing_rows * layout.row_bytes <= hello.extent_bytes
+        and 0 <= hello.host_pages <= num_pages
         and hello.row_index_bytes == layout.row_index_bytes(num_pages)
     )
     if not fits:
@@ -156,13 +164,19 @@ def _map_extent(
     seals = fcntl.fcntl(region_fd, fcntl.F_GET_SEALS)
     if not seals & fcntl.F_SEAL_SHRINK:
         raise ProtocolError("memd's region is not sealed against shrinking")
-    # Populated now, so that the decode loop never waits for a page fault.
+    # Populated now, so that the decode loop never waits for a page fault. Where pages come and go
+    # with a disk that would give memory to all of them.
+    is_whole = hello.host_pages in (0, num_pages)
     mapping = mmap.mmap(
         region_fd,
         hello.extent_bytes,
-        flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
+        flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if is_whole else 0),
         offset=hello.extent_offset,
     )
+    if not is_whole:
+        # Before Linux 5.14 its first use is slower, and that is all.
+        with contextlib.suppress(OSError):
+            mapping.madvise(_MADV_POPULATE_WRITE, hello.landing_offset)
     # A forked child (a tokenizer, a compiler) must not keep the memory when the engine is gone.
     mapping.madvise(mmap.MADV_DONTFORK)
     return np.frombuffer(mapping, dtype=np.uint8)

@@ -23,13 +23,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
 
 from memd import heap
 from memd.attachments import Attachments
-from memd.config import format_bytes
 from memd.endpoint import Endpoint, EndpointLock, private_directory
 from memd.errors import ConfigError
 from memd.lifecycle import Lifecycle
@@ -40,7 +40,9 @@ from memd.noticeboard import Noticeboard
 from memd.numa import choose_nodes, read_nodes, running_cpu
 from memd.region import Region
 from memd.service import Service
+from memd.sizes import format_bytes
 from memd.store import Store
+from memd.tiers import DiskTier, ThreadRunner, Tiers
 from memd.transfer import HostTransfer
 
 if TYPE_CHECKING:
@@ -123,9 +125,9 @@ class Server:
 
     def run(self) -> None:
         """Serve until ``stop`` or ``drain`` ends it, or the parent process does."""
-        more_to_scrub = False
+        more_to_tidy = False
         while not self._lifecycle.is_over:
-            is_idle = not (more_to_scrub or self._service.has_work)
+            is_idle = not (more_to_tidy or self._service.has_work)
             events = dict(self._poller.poll(self._timeout_ms() if is_idle else 0))
             if self._wake_reader.fileno() in events:
                 self._sleep_again()
@@ -142,7 +144,7 @@ class Server:
             self._post_notice()
             # Clients wait for copies, and nobody for this.
             if not self._service.has_work:
-                more_to_scrub = self._service.scrub(self._config.scrub_bytes)
+                more_to_tidy = self._service.tidy(self._config.scrub_bytes)
         _LOG.info("stopping: %s", self._lifecycle.end_reason)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
@@ -181,10 +183,13 @@ class Server:
 
     def _make_region(self, stack: contextlib.ExitStack) -> None:
         config = self._config
-        nodes = choose_nodes(config.numa, read_nodes(), running_cpu())
+        # A policy for memory as it comes and goes is not ours to set.
+        nodes = [] if config.disk_dir else choose_nodes(config.numa, read_nodes(), running_cpu())
+        disk = self._open_disk(stack)
         region = self._region = stack.enter_context(
             Region(
                 config.region_bytes,
+                address_bytes=None if disk is None else config.region_bytes + disk.num_bytes,
                 nodes=nodes,
                 lock=config.lock,
                 should_stop=self._should_stop,
@@ -194,7 +199,12 @@ class Server:
         _log_region(region, is_locked=config.lock)
         if nodes:
             _log_placement(region.placement(), nodes)
-        self._store = Store(region.num_bytes)
+        self._store = Store(
+            region.num_bytes,
+            memory_bytes=region.memory_bytes,
+            disk_bytes=0 if disk is None else disk.num_bytes,
+        )
+        runner = ThreadRunner(self._on_page_moved)
         self._service = Service(
             self._store,
             stack.enter_context(HostTransfer(region.memory)),
@@ -202,8 +212,39 @@ class Server:
             delay=_link(config),
             max_client_bytes=config.client_bytes,
             max_frame_bytes=config.max_frame_bytes,
+            tiers=None if disk is None else self._make_tiers(disk, runner),
         )
         stack.callback(self._drop_service)
+        # Ends before the service does, which it tells its news.
+        stack.enter_context(runner)
+
+    def _open_disk(self, stack: contextlib.ExitStack) -> DiskTier | None:
+        config = self._config
+        if not config.disk_dir:
+            return None
+        disk = stack.enter_context(DiskTier(Path(config.disk_dir), config.disk_bytes))
+        _LOG.info(
+            "%s in %s for pages that leave memory, %s first",
+            format_bytes(disk.num_bytes),
+            config.disk_dir,
+            config.eviction,
+            extra={"disk_bytes": disk.num_bytes, "disk_dir": config.disk_dir},
+        )
+        return disk
+
+    def _make_tiers(self, disk: DiskTier, runner: ThreadRunner) -> Tiers:
+        return Tiers(
+            disk,
+            eviction=self._config.eviction,
+            memory=self._region.memory,
+            fd=self._region.fd,
+            run=runner,
+        )
+
+    def _on_page_moved(self) -> None:
+        """Called on the disk's thread."""
+        self._service.note_news()
+        self._wake()
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         endpoint, config = self._endpoint, self._config
@@ -395,6 +436,9 @@ def _probes(port: int, board: Noticeboard) -> contextlib.AbstractContextManager[
 
 def _log_region(region: Region, *, is_locked: bool) -> None:
     made = region.pretouched
+    if made is None:
+        _LOG.info("%s of memory, to be taken as pages need it", format_bytes(region.memory_bytes))
+        return
     _LOG.info(
         "%s ready after %.2f s: %.1f GiB/s by %s on %d thread(s)%s",
         format_bytes(region.num_bytes),

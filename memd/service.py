@@ -1,10 +1,11 @@
 """Messages to actions: every request of every client, without a socket in sight.
 
-The server hands in frames and gets exactly one reply frame for each: at once, or for a fetch that
-has to be copied in turn with others (`memd.copying`) from a later `step`. Sessions tie a ZeroMQ
-connection to a process: the server opens one when a process attaches and closes it when that
-process is gone, and a ``Hello`` must name an open session. So from the first byte of a client's
-memory on, somebody watches it.
+The server hands in frames and gets exactly one reply frame for each: at once, or from a later
+`step` for a request that waits. A fetch waits while others are copied (`memd.fetches`), a ``Hello``
+while memory is zeroed for it, and with pages on disk whatever needs them in memory
+(`memd.turns`). Sessions tie a ZeroMQ connection to a process: the server opens one when a process
+attaches and closes it when that process is gone, and a ``Hello`` must name an open session. So from
+the first byte of a client's memory on, somebody watches it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from memd.copying import CopyJob, CopyQueue
-from memd.errors import IntegrityError, PoolFull, ProtocolError
+from memd.copying import CopyJob
+from memd.errors import IntegrityError, PoolFull
+from memd.fetches import Fetch as PinnedFetch
+from memd.fetches import Fetches
 from memd.lifecycle import DaemonState
 from memd.metrics import Metrics
 from memd.protocol import (
@@ -29,9 +33,10 @@ from memd.protocol import (
     Commit,
     CommitReply,
     ErrorCode,
-    ErrorReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     Hello,
@@ -46,41 +51,35 @@ from memd.protocol import (
     ReserveReply,
     Stats,
     StatsReply,
+    Thaw,
+    ThawReply,
     decode_request,
     encode,
 )
-from memd.store import ClientRecord, OutOfRange, PageState, Store, WrongState
+from memd.refusals import MAX_MESSAGE_CHARS, Refusals, Refused, printable
+from memd.store import ClientRecord, OutOfRange, PageState, Store
+from memd.tiers import BLOCK_BYTES, Progress, tier_stats
+from memd.turns import Turn, Wait, WaitingRoom
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
 
     from memd.copying import Delay
+    from memd.tiers import ClientTier, Tiers
     from memd.transfer import Transfer
 
-__all__ = ["MAX_FETCHES_IN_FLIGHT", "Service", "printable"]
+__all__ = ["MAX_FETCHES_IN_FLIGHT", "Service"]
 
 _LOG = logging.getLogger(__name__)
 
-_SCRUB_ALL = 1 << 62
-_MAX_MESSAGE_CHARS = 1000
+# Some 3 ms of zeroing, or of taking memory.
+_SLICE_BYTES = 16 << 20
+_TIER_CHECK_S = 10.0
 MAX_FETCHES_IN_FLIGHT = 4096
 """Of one client; bounds what an asker that never waits can make memd remember."""
 
-
-def printable(text: str, max_chars: int) -> str:
-    """A peer's words, so that they can neither steer a terminal nor begin a line of a log."""
-    shown = text if len(text) <= max_chars else text[:max_chars] + "..."
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
-
-
-class _Refused(Exception):
-    """A request that gets an ``ErrorReply``."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+_Steps = Generator[Wait, None, "Reply | None"]
+"""A request that waits; None when somebody else will answer it."""
 
 
 @dataclasses.dataclass
@@ -90,35 +89,29 @@ class _Session:
     Attributes:
         pid: As the kernel reported it.
         connection: ZeroMQ routing id that said ``Hello``, None before.
-        record: Its registration, None before ``Hello`` and after ``Goodbye``.
+        record: Its registration, None before ``Hello`` is answered and after ``Goodbye``.
+        tier: Where its pages are; None if all of them are in memory.
         heard_at: When it asked for something last, seconds of the clock.
     """
 
     pid: int
     connection: bytes | None = None
     record: ClientRecord | None = None
+    tier: ClientTier | None = None
     heard_at: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fetch:
-    """A fetch that is being copied or held back.
+class _Waiting(Turn["Reply | None"]):
+    """A request that waits, and who asked it when."""
 
-    Attributes:
-        connection: Who is to be answered.
-        request_id: Of the request.
-        record: Whose pages are read.
-        job: The copying.
-        page_ids: Pages that are pinned for it, each once.
-        begun_ns: When it was asked for, by the performance counter.
-    """
+    def __init__(self, steps: _Steps, connection: bytes, request: Request, begun_ns: int) -> None:
+        super().__init__(steps)
+        self.connection = connection
+        self.request = request
+        self.begun_ns = begun_ns
 
-    connection: bytes
-    request_id: int
-    record: ClientRecord
-    job: CopyJob
-    page_ids: npt.NDArray[np.int64]
-    begun_ns: int = dataclasses.field(default_factory=time.perf_counter_ns)
+
+_Handler = Callable[["Service", bytes, Any], "Reply | _Steps | None"]
 
 
 class Service:
@@ -131,6 +124,7 @@ class Service:
         delay: Interconnect to imitate; by default none.
         max_client_bytes: Largest extent of one client; 0 means the region's size.
         max_frame_bytes: Longest request that is read.
+        tiers: The disk below the region's memory; by default there is none.
         clock: Monotonic seconds; injected by tests.
 
     Attributes:
@@ -147,6 +141,7 @@ class Service:
         delay: Delay | None = None,
         max_client_bytes: int = 0,
         max_frame_bytes: int = 16 << 20,
+        tiers: Tiers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = Metrics()
@@ -156,14 +151,22 @@ class Service:
         self._address = address
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
-        self._copies = CopyQueue(transfer, delay=delay, clock=clock)
-        self._fetches: dict[CopyJob, _Fetch] = {}
+        self._tiers = tiers
+        self._fetches = Fetches(transfer, delay=delay, clock=clock)
+        self._room: WaitingRoom[Reply | None] = WaitingRoom()
+        self._has_news = False
+        # Connections whose Hello waits.
+        self._greeting: set[bytes] = set()
+        # Clients that are gone and whose memory a page on its way to or from disk still needs.
+        self._leaving: list[tuple[ClientRecord, ClientTier]] = []
+        self._refusals = Refusals(self.metrics)
         self._max_client_bytes = max_client_bytes
         # Replies of requests that ended otherwise than by being handled.
         self._outbox: list[tuple[bytes, bytes]] = []
         self._started_at = clock()
+        self._check_tiers_at = self._started_at
         self._sessions: dict[bytes, _Session] = {}
-        # By ZeroMQ routing id; holds registered sessions only.
+        # By ZeroMQ routing id; those that are registered, or whose Hello waits.
         self._connections: dict[bytes, _Session] = {}
 
     def open_session(self, pid: int) -> bytes:
@@ -191,6 +194,8 @@ class Service:
                 extra=_fields(session.record),
             )
             self._end_registration(session)
+        elif session.connection in self._greeting:
+            self._dismiss(session.connection)
 
     def handle(self, connection: bytes, frame: bytes) -> bytes | None:
         """Do what a frame asks; never raises for anything a peer can send.
@@ -206,77 +211,118 @@ class Service:
         begin_ns = time.perf_counter_ns()
         try:
             if len(frame) > self._max_frame_bytes:
-                raise _Refused(
+                raise Refused(
                     ErrorCode.TOO_LARGE,
                     f"a frame has at most {self._max_frame_bytes} bytes, got {len(frame)}",
                 )
             request = decode_request(frame)
             request_id = request.request_id
-            reply: Reply | None = self._HANDLERS[type(request)](self, connection, request)
-            if reply is not None:
-                self.metrics.answered(_tag(type(request)), time.perf_counter_ns() - begin_ns)
-        except _Refused as refused:
-            reply = self._error(request_id, refused.code, str(refused))
-        except ProtocolError as error:
-            reply = self._error(request_id, ErrorCode.MALFORMED, str(error))
-        except PoolFull as error:
-            reply = self._error(request_id, ErrorCode.POOL_FULL, str(error))
-        except OutOfRange as error:
-            reply = self._error(request_id, ErrorCode.OUT_OF_RANGE, str(error))
-        except WrongState as error:
-            reply = self._error(request_id, ErrorCode.WRONG_STATE, str(error))
-        except Exception:
-            _LOG.exception("request %s failed", request_id)
-            reply = self._error(request_id, ErrorCode.INTERNAL, "memd failed; see its log")
-        return None if reply is None else encode(reply)
+            answer = self._begin(connection, request)
+            if isinstance(answer, Generator):
+                answer = self._wait(_Waiting(answer, connection, request, begin_ns))
+            if answer is None:
+                return None
+            self.metrics.answered(_tag(type(request)), time.perf_counter_ns() - begin_ns)
+            reply: Reply = answer
+        except Exception as error:
+            reply = self._refusals.of(request_id, error)
+        return encode(reply)
+
+    def note_news(self) -> None:
+        """Say that something has happened which a request may wait for; any thread may."""
+        self._has_news = True
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do now."""
-        return bool(self._outbox) or not self._copies.is_idle
+        return bool(self._outbox) or self._fetches.has_work or self._has_news or self._room.has_work
 
     def next_due(self) -> float | None:
         """When `step` will have a reply that is held back, seconds of the clock; None if never."""
-        return self._copies.next_due()
+        return self._fetches.next_due()
 
     def step(self) -> list[tuple[bytes, bytes]]:
-        """Copy for one client's turn.
+        """Copy for one client's turn, and let one request that waits go on.
 
         Returns:
             Replies that may go now, as (ZeroMQ routing id, frame).
         """
-        self._copy_turn()
-        for job in self._copies.take_finished():
-            fetch = self._fetches[job]
-            self._answer_later(job, self._finish(fetch))
-            self.metrics.answered(_tag(Fetch), time.perf_counter_ns() - fetch.begun_ns)
+        if self._has_news:
+            # First, so that news which comes meanwhile is not forgotten.
+            self._has_news = False
+            self._room.wake()
+            self._end_leaving()
+        for fetch, is_copied in self._fetches.step():
+            self._answer_fetch(fetch, is_copied=is_copied)
+            # It has unpinned pages.
+            self._room.wake()
+        turn = self._room.step()
+        if turn is not None:
+            self._answer_turn(turn)
         replies, self._outbox = self._outbox, []
         return replies
 
-    def _copy_turn(self) -> None:
-        """One client's turn; a fetch whose copy fails is answered with an error."""
-        try:
-            self._copies.step()
-        except Exception:
-            job = self._copies.drop_current()
-            _LOG.exception("copying for client %d failed", job.client_id)
-            fetch = self._fetches[job]
-            fetch.record.pages.unpin(fetch.page_ids)
+    def _begin(self, connection: bytes, request: Request) -> Reply | _Steps | None:
+        """What a request is answered with, now or in some steps."""
+        handler = self._HANDLERS[type(request)]
+        if connection in self._greeting and not isinstance(request, Ping | Stats):
+            return self._after_hello(handler, connection, request)
+        return handler(self, connection, request)
+
+    def _after_hello(self, handler: _Handler, connection: bytes, request: Request) -> _Steps:
+        """A request behind a ``Hello`` that waits; its turn comes once that is answered."""
+        answer = handler(self, connection, request)
+        if isinstance(answer, Generator):
+            answer = yield from answer
+        return answer
+
+    def _wait(self, turn: _Waiting) -> Reply | None:
+        """Begin a request that may have to wait; its reply, if it need not."""
+        num_waiting = self._room.num_waiting(turn.connection)
+        if num_waiting >= MAX_FETCHES_IN_FLIGHT:
+            turn.give_up()
+            raise _too_many()
+        if num_waiting == 0 and turn.go_on():
+            if turn.error is not None:
+                raise turn.error
+            return turn.result
+        self._room.add(turn.connection, turn)
+        return None
+
+    def _answer_turn(self, turn: Turn[Reply | None]) -> None:
+        """Put the reply of a request that waited where `step` gives it out."""
+        assert isinstance(turn, _Waiting), "nobody else waits"
+        if turn.error is not None:
+            reply: Reply = self._refusals.of(turn.request.request_id, turn.error)
+        elif turn.result is not None:
+            reply = turn.result
+            self.metrics.answered(_tag(type(turn.request)), time.perf_counter_ns() - turn.begun_ns)
+        else:
+            return
+        self._outbox.append((turn.connection, encode(reply)))
+
+    def _answer_fetch(self, fetch: PinnedFetch, *, is_copied: bool) -> None:
+        """Put the reply of a fetch that was copied in turn where `step` gives it out."""
+        if is_copied:
+            reply: Reply = self._fetched(fetch.request_id, fetch.job)
+            self.metrics.answered(_tag(Fetch), time.perf_counter_ns() - fetch.begun_ns)
+        else:
             text = "memd failed to copy; see its log"
-            self._answer_later(job, self._error(fetch.request_id, ErrorCode.INTERNAL, text))
-
-    def _answer_later(self, job: CopyJob, reply: Reply) -> None:
-        """Put a fetch's reply where `step` gives it out; the fetch is over."""
-        self._outbox.append((self._fetches.pop(job).connection, encode(reply)))
-
-    def _finish(self, fetch: _Fetch) -> FetchReply:
-        fetch.record.pages.unpin(fetch.page_ids)
-        return self._fetched(fetch.request_id, fetch.job)
+            reply = self._refusals.make(fetch.request_id, ErrorCode.INTERNAL, text)
+        self._outbox.append((fetch.connection, encode(reply)))
 
     def _fetched(self, request_id: int, job: CopyJob) -> FetchReply:
         num_rows = len(job.rows)
         self.metrics.fetched(num_rows=num_rows, num_bytes=job.num_bytes, gather_ns=job.copy_ns)
         return FetchReply(request_id=request_id, num_rows=num_rows, gather_ns=job.copy_ns)
+
+    def tidy(self, max_bytes: int) -> bool:
+        """Do a bit of what nobody waits for: zero memory, make room; True when more is left."""
+        more = self.scrub(max_bytes)
+        for session in self._connections.values():
+            if session.tier is not None:
+                more |= session.tier.tidy()
+        return more
 
     def scrub(self, max_bytes: int) -> bool:
         """Zero up to ``max_bytes`` of returned memory; True when more is left."""
@@ -284,7 +330,10 @@ class Service:
         if dirty is None:
             return False
         offset, length = dirty
-        self._transfer.zero(offset=offset, length=length)
+        if self._tiers is None:
+            self._transfer.zero(offset=offset, length=length)
+        else:
+            self._tiers.punch(offset, length)
         self._store.mark_clean(offset, length)
         self.metrics.counters.bytes_zeroed += length
         return self._store.dirty_bytes > 0
@@ -293,17 +342,20 @@ class Service:
         """The daemon's state as plain data; keys in ``memd.metrics``."""
         try:
             self._store.check_integrity()
-            self._copies.check_integrity()
+            self._fetches.check_integrity()
+            self._room.check_integrity()
+            self._check_tiers()
             integrity = "ok"
         except IntegrityError as error:
             integrity = str(error)
             _LOG.error("integrity: %s", error)
         extents = self._store.extents
-        heard_at = {
-            session.record.client_id: session.heard_at
+        sessions = {
+            session.record.client_id: session
             for session in self._connections.values()
             if session.record is not None
         }
+        tiers = {client_id: session.tier for client_id, session in sessions.items()}
         now = self._clock()
         return {
             "daemon": {
@@ -319,6 +371,8 @@ class Service:
                 "free_bytes": extents.num_free,
                 "largest_free_bytes": extents.largest_free,
                 "dirty_bytes": self._store.dirty_bytes,
+                "memory_bytes": self._store.memory_bytes,
+                "memory_free_bytes": self._store.memory_free_bytes,
             },
             "clients": [
                 {
@@ -329,100 +383,124 @@ class Service:
                     "pages_free": record.pages.count(PageState.FREE),
                     "pages_reserved": record.pages.count(PageState.RESERVED),
                     "pages_sealed": record.pages.count(PageState.SEALED),
+                    "pages_frozen": record.pages.count(PageState.FROZEN),
                     "pages_leaving": record.pages.count(PageState.LEAVING),
                     "page_bytes": record.layout.page_bytes,
                     "extent_bytes": record.extent_bytes,
+                    "memory_bytes": record.memory_bytes,
+                    **tier_stats(tiers.get(record.client_id), record.pages.num_pages),
                     "landing_rows": record.landing_rows,
-                    "pending_bytes": self._copies.pending_bytes(record.client_id),
-                    "silent_s": round(now - heard_at[record.client_id], 3),
+                    "pending_bytes": self._fetches.pending_bytes(record.client_id),
+                    "silent_s": round(now - sessions[record.client_id].heard_at, 3),
                 }
                 for record in self._store.clients
+                if record.client_id in sessions
             ],
+            **({} if self._tiers is None else {"disk": self._tiers.stats()}),
             **self.metrics.snapshot(),
             "integrity": integrity,
         }
 
-    def _error(self, request_id: int | None, code: ErrorCode, message: str) -> ErrorReply:
-        self.metrics.errors[code] += 1
-        # A peer that repeats itself must not fill the disk: one line for each kind of error.
-        message = printable(message, _MAX_MESSAGE_CHARS)
-        if self.metrics.errors[code] == 1:
-            _LOG.warning("refused (%s, further ones are only counted): %s", code, message)
-        return ErrorReply(request_id=request_id, code=code, message=message)
+    def _check_tiers(self) -> None:
+        """Verify the books of the tiers, now and then: it takes a microsecond for each page."""
+        now = self._clock()
+        if self._tiers is None or now < self._check_tiers_at:
+            return
+        self._tiers.check_integrity()
+        for session in self._connections.values():
+            if session.tier is not None:
+                session.tier.pages.check_integrity()
+        # Later only if it held: what does not is said every time.
+        self._check_tiers_at = now + _TIER_CHECK_S
 
     def _end_registration(self, session: _Session) -> None:
-        record, connection = session.record, session.connection
+        record, tier, connection = session.record, session.tier, session.connection
         assert record is not None, "only registered sessions end"
         assert connection is not None, "a registration has a connection"
-        session.record = None
-        del self._connections[connection]
+        session.record = session.tier = None
+        if tier is not None:
+            tier.mover.end()
+        self._dismiss(connection)
         # Before its memory can be anybody else's.
-        for job in self._copies.cancel(record.client_id):
-            text = "the client left before its fetch"
-            asked = self._fetches[job].request_id
-            self._answer_later(job, self._error(asked, ErrorCode.NOT_REGISTERED, text))
-        self._store.unregister(record.client_id)
+        for fetch in self._fetches.cancel(record.client_id):
+            self._refuse_gone(connection, fetch.request_id)
+        if tier is None or tier.close():
+            self._store.unregister(record.client_id)
+        else:
+            self._leaving.append((record, tier))
+
+    def _dismiss(self, connection: bytes) -> None:
+        """Forget a connection, and answer what waits for it."""
+        del self._connections[connection]
+        for turn in self._room.cancel(connection):
+            assert isinstance(turn, _Waiting), "nobody else waits"
+            self._refuse_gone(connection, turn.request.request_id)
+
+    def _refuse_gone(self, connection: bytes, request_id: int) -> None:
+        text = "the client left before its request was done"
+        reply = self._refusals.make(request_id, ErrorCode.NOT_REGISTERED, text)
+        self._outbox.append((connection, encode(reply)))
+
+    def _end_leaving(self) -> None:
+        """Take back the memory of clients that are gone, once no page of it is on its way."""
+        for record, tier in list(self._leaving):
+            if tier.close():
+                self._leaving.remove((record, tier))
+                self._store.unregister(record.client_id)
 
     def _record(self, connection: bytes) -> ClientRecord:
         session = self._connections.get(connection)
         if session is None or session.record is None:
-            raise _Refused(
+            raise Refused(
                 ErrorCode.NOT_REGISTERED, "this connection holds no extent; say Hello first"
             )
         session.heard_at = self._clock()
         return session.record
 
-    def _hello(self, connection: bytes, request: Hello) -> Reply:
-        if request.version != PROTOCOL_VERSION:
-            raise _Refused(
-                ErrorCode.VERSION,
-                f"memd speaks protocol version {PROTOCOL_VERSION}, the client {request.version}; "
-                f"run the same release on both sides",
-            )
-        if self.state is DaemonState.DRAINING:
-            raise _Refused(ErrorCode.DRAINING, "memd is ending and takes no new clients")
-        session = self._sessions.get(request.session)
-        if session is None:
-            raise _Refused(ErrorCode.UNKNOWN_SESSION, "no attached process holds this session")
-        if session.connection is not None or connection in self._connections:
-            raise _Refused(ErrorCode.ALREADY_REGISTERED, "one Hello for each attached process")
+    def _hello(self, connection: bytes, request: Hello) -> _Steps:
+        session = self._session_for(connection, request)
         layout = request.layout
         landing_rows, rest = divmod(request.landing_bytes, layout.row_bytes)
         if rest:
-            raise _Refused(
+            raise Refused(
                 ErrorCode.OUT_OF_RANGE,
                 f"landing_bytes must be a multiple of row_bytes ({layout.row_bytes}), "
                 f"got {request.landing_bytes}",
             )
-        wanted = layout.page_bytes * request.num_pages + request.landing_bytes
+        host_pages = self._host_pages(request)
+        wanted = layout.page_bytes * host_pages + request.landing_bytes
         if self._max_client_bytes and wanted > self._max_client_bytes:
             fits = max(0, self._max_client_bytes - request.landing_bytes) // layout.page_bytes
-            raise _Refused(
+            raise Refused(
                 ErrorCode.QUOTA,
-                f"a client may have {self._max_client_bytes} bytes, {request.num_pages} pages and "
+                f"a client may have {self._max_client_bytes} bytes, {host_pages} pages and "
                 f"the landing ring are {wanted}; {fits} pages would fit",
             )
-        try:
-            record = self._register(session, request, landing_rows)
-        except PoolFull:
-            # Memory of a client that just left may only wait for its scrub: do that now, then ask
-            # again. Zeroing what could not be enough would keep everybody waiting for nothing.
-            if wanted > self._store.extents.num_free + self._store.dirty_bytes:
-                raise
-            while self.scrub(_SCRUB_ALL):
-                pass
-            record = self._register(session, request, landing_rows)
-        session.record, session.connection = record, connection
-        session.heard_at = self._clock()
+        # Nobody else may say Hello for this process, and this connection for no other.
+        session.connection = connection
         self._connections[connection] = session
+        self._greeting.add(connection)
+        try:
+            record = yield from self._register(session, request, host_pages, landing_rows)
+        except PoolFull:
+            session.connection = None
+            del self._connections[connection]
+            raise
+        finally:
+            self._greeting.discard(connection)
+        session.record = record
+        if self._tiers is not None and record.host_pages < request.num_pages:
+            session.tier = self._tiers.attach(record)
+        session.heard_at = self._clock()
         self.metrics.counters.clients_registered += 1
         _LOG.info(
-            "client %d (pid %d, %s): %d pages of %d bytes, %d landing rows",
+            "client %d (pid %d, %s): %d pages of %d bytes, %d of them in memory, %d landing rows",
             record.client_id,
             record.pid,
             record.name or "no name",
             request.num_pages,
             layout.page_bytes,
+            record.host_pages,
             landing_rows,
             extra=_fields(record),
         )
@@ -438,37 +516,179 @@ class Service:
             page_bytes=layout.page_bytes,
             row_index_bytes=layout.row_index_bytes(request.num_pages),
             max_frame_bytes=self._max_frame_bytes,
+            host_pages=record.host_pages,
         )
 
-    def _register(self, session: _Session, request: Hello, landing_rows: int) -> ClientRecord:
-        return self._store.register(
-            pid=session.pid,
-            name=printable(request.name, _MAX_MESSAGE_CHARS),
-            layout=request.layout,
-            num_pages=request.num_pages,
-            landing_rows=landing_rows,
-        )
+    def _session_for(self, connection: bytes, request: Hello) -> _Session:
+        """The session that a ``Hello`` may open."""
+        if request.version != PROTOCOL_VERSION:
+            raise Refused(
+                ErrorCode.VERSION,
+                f"memd speaks protocol version {PROTOCOL_VERSION}, the client {request.version}; "
+                f"run the same release on both sides",
+            )
+        if self.state is DaemonState.DRAINING:
+            raise Refused(ErrorCode.DRAINING, "memd is ending and takes no new clients")
+        session = self._sessions.get(request.session)
+        if session is None:
+            raise Refused(ErrorCode.UNKNOWN_SESSION, "no attached process holds this session")
+        if session.connection is not None or connection in self._connections:
+            raise Refused(ErrorCode.ALREADY_REGISTERED, "one Hello for each attached process")
+        return session
 
-    def _reserve(self, connection: bytes, request: Reserve) -> Reply:
-        pages = self._record(connection).pages
-        page_ids = pages.reserve(request.num_pages)
-        return ReserveReply(
-            request_id=request.request_id,
-            page_ids=None if page_ids is None else page_ids.tolist(),
-            free_pages=pages.count(PageState.FREE),
-        )
+    def _host_pages(self, request: Hello) -> int:
+        """How many of a client's pages may be in memory at a time."""
+        wanted = request.host_pages or request.num_pages
+        if self._tiers is None or wanted >= request.num_pages:
+            return request.num_pages
+        if not self._tiers.can_hold(request.layout.page_bytes):
+            raise Refused(
+                ErrorCode.OUT_OF_RANGE,
+                f"pages that go to disk have a multiple of {BLOCK_BYTES} bytes, got "
+                f"{request.layout.page_bytes}; choose other page_tokens, or leave host_pages out",
+            )
+        return wanted
+
+    def _register(
+        self, session: _Session, request: Hello, host_pages: int, landing_rows: int
+    ) -> Generator[Wait, None, ClientRecord]:
+        """Carve an extent, once there is clean memory for it."""
+        slot_bytes = 0
+        if self._tiers is not None:
+            slot_bytes = self._tiers.slot_bytes(request.layout.page_bytes)
+        while True:
+            try:
+                record = self._store.register(
+                    pid=session.pid,
+                    name=printable(request.name, MAX_MESSAGE_CHARS),
+                    layout=request.layout,
+                    num_pages=request.num_pages,
+                    landing_rows=landing_rows,
+                    host_pages=host_pages,
+                    slot_bytes=slot_bytes,
+                )
+                break
+            except PoolFull:
+                # Memory of a client that just left may only wait to be zeroed.
+                if not self._store.could_register(request.layout, request.num_pages, landing_rows):
+                    raise
+                self.scrub(_SLICE_BYTES)
+                yield Wait.TURN
+        is_whole = False
+        try:
+            yield from self._fill(record)
+            is_whole = True
+        finally:
+            if not is_whole:
+                self._store.unregister(record.client_id)
+        return record
+
+    def _fill(self, record: ClientRecord) -> Generator[Wait, None, None]:
+        """Put memory behind what never leaves it, where the region does not come with some."""
+        if self._tiers is None:
+            return
+        begin = record.extent_offset
+        end = begin + record.extent_bytes
+        if record.host_pages < record.pages.num_pages:
+            begin += record.landing_offset
+        while begin < end:
+            length = min(_SLICE_BYTES, end - begin)
+            if not self._tiers.fill(begin, length):
+                raise PoolFull(
+                    f"the host has no memory for {record.memory_bytes} bytes any more, though memd "
+                    "was promised it; give memd a smaller --bytes, or the host fewer programs"
+                )
+            begin += length
+            yield Wait.TURN
+
+    def _reserve(self, connection: bytes, request: Reserve) -> Reply | _Steps:
+        record, tier = self._record(connection), self._connections[connection].tier
+        if tier is not None:
+            return self._reserve_in_memory(record, tier, request)
+        page_ids = record.pages.reserve(request.num_pages)
+        return _reserved(request, record, page_ids)
+
+    def _reserve_in_memory(
+        self, record: ClientRecord, tier: ClientTier, request: Reserve
+    ) -> _Steps:
+        page_ids = record.pages.reserve(request.num_pages)
+        if page_ids is None:
+            return _reserved(request, record, None)
+        tier.pages.reserve(page_ids)
+        if not (yield from self._bring(record, tier, page_ids)):
+            tier.mover.release(record.pages.release(page_ids))
+            page_ids = None
+        return _reserved(request, record, page_ids)
+
+    def _bring(
+        self, record: ClientRecord, tier: ClientTier, page_ids: npt.NDArray[np.int64]
+    ) -> Generator[Wait, None, bool]:
+        """Wait until reserved or pinned pages are in memory; False if there is no room."""
+        while True:
+            progress = tier.mover.bring(page_ids)
+            if progress is Progress.DONE:
+                return True
+            if progress is Progress.STUCK and not self._fetches.num_of(record.client_id):
+                return False
+            yield Wait.TURN if progress is Progress.MOVED else Wait.EVENT
 
     def _commit(self, connection: bytes, request: Commit) -> Reply:
-        self._record(connection).pages.commit(request.page_ids)
+        record, tier = self._record(connection), self._connections[connection].tier
+        # First the book that is stricter, so that both change or none.
+        if tier is not None:
+            tier.pages.commit(request.page_ids)
+        record.pages.commit(request.page_ids)
         return CommitReply(request_id=request.request_id)
 
-    def _fetch(self, connection: bytes, request: Fetch) -> Reply | None:
-        record = self._record(connection)
+    def _fetch(self, connection: bytes, request: Fetch) -> Reply | _Steps | None:
+        record, tier = self._record(connection), self._connections[connection].tier
+        job, page_ids = self._read_fetch(record, request)
+        if tier is None and self._fetches.copy_now(job):
+            return self._fetched(request.request_id, job)
+        in_flight = self._fetches.num_of(record.client_id) + self._room.num_waiting(connection)
+        if in_flight >= MAX_FETCHES_IN_FLIGHT:
+            raise _too_many()
+        fetch = PinnedFetch(connection, request.request_id, record, tier, job, page_ids)
+        fetch.pin()
+        if tier is not None:
+            return self._fetch_in_memory(fetch, tier)
+        self._fetches.submit(fetch)
+        return None
+
+    def _fetch_in_memory(self, fetch: PinnedFetch, tier: ClientTier) -> _Steps:
+        """Bring a pinned fetch's pages to memory and have it copied."""
+        # Here and not before: what waits behind others must not keep its pages in memory.
+        fetch.hold()
+        is_submitted = False
+        try:
+            if not (yield from self._bring(fetch.record, tier, fetch.page_ids)):
+                raise _no_room("the fetch", fetch.page_ids, tier)
+            lost = tier.pages.lost_among(fetch.page_ids)
+            if lost.size:
+                raise Refused(
+                    ErrorCode.PAGE_LOST,
+                    f"page {int(lost[0])} did not come back from disk as it went"
+                    + (f", and {lost.size - 1} more did not" if lost.size > 1 else "")
+                    + "; release it and compute it again",
+                )
+            if self._fetches.copy_now(fetch.job):
+                return self._fetched(fetch.request_id, fetch.job)
+            self._fetches.submit(fetch)
+            is_submitted = True
+            return None
+        finally:
+            if not is_submitted:
+                fetch.unpin()
+
+    def _read_fetch(
+        self, record: ClientRecord, request: Fetch
+    ) -> tuple[CopyJob, npt.NDArray[np.int64]]:
+        """What a fetch asks for, checked, and the pages that it reads, each once."""
         layout, num_pages = record.layout, record.pages.num_pages
         width = layout.row_index_bytes(num_pages)
         num_rows, rest = divmod(len(request.rows), width)
         if rest:
-            raise _Refused(
+            raise Refused(
                 ErrorCode.MALFORMED,
                 f"rows must hold {width}-byte indices, got {len(request.rows)} bytes",
             )
@@ -482,39 +702,72 @@ class Service:
             raise OutOfRange(
                 f"rows are 0..{num_pages * layout.rows_per_page - 1}, got {int(raw.max())}"
             )
-        rows = raw.astype(np.int64)
-        # In the indices' own width: as int64 it would take as long as copying the rows.
-        pages_of_rows = raw // raw.dtype.type(layout.rows_per_page)
-        record.pages.require_sealed(pages_of_rows)
+        # In the indices' own width: as int64 it would take as long as copying the rows. Sorting
+        # so many would cost more than copying them.
+        is_read = np.zeros(num_pages, dtype=np.bool_)
+        is_read[raw // raw.dtype.type(layout.rows_per_page)] = True
+        page_ids = np.flatnonzero(is_read)
+        record.pages.require_readable(page_ids)
+        landing = record.extent_offset + record.landing_offset
         job = CopyJob(
             client_id=record.client_id,
             source_offset=record.extent_offset,
             row_bytes=layout.row_bytes,
-            rows=rows,
-            landing_offset=record.extent_offset
-            + record.landing_offset
-            + request.landing_row * layout.row_bytes,
+            rows=raw.astype(np.int64),
+            landing_offset=landing + request.landing_row * layout.row_bytes,
         )
-        if self._copies.is_immediate(job):
-            self._copies.copy_now(job)
-            return self._fetched(request.request_id, job)
-        if self._copies.num_jobs_of(record.client_id) >= MAX_FETCHES_IN_FLIGHT:
-            raise _Refused(
-                ErrorCode.TOO_MANY,
-                f"a client may have {MAX_FETCHES_IN_FLIGHT} fetches in flight; wait for replies",
-            )
-        # Sorting so many would cost more than copying them.
-        is_read = np.zeros(num_pages, dtype=np.bool_)
-        is_read[pages_of_rows] = True
-        fetch = _Fetch(connection, request.request_id, record, job, np.flatnonzero(is_read))
-        record.pages.pin(fetch.page_ids)
-        self._fetches[job] = fetch
-        self._copies.submit(job)
-        return None
+        return job, page_ids
 
     def _release(self, connection: bytes, request: Release) -> Reply:
-        self._record(connection).pages.release(request.page_ids)
+        record, tier = self._record(connection), self._connections[connection].tier
+        freed = record.pages.release(request.page_ids)
+        if tier is not None:
+            tier.mover.release(freed)
+            self._has_news = True
         return ReleaseReply(request_id=request.request_id)
+
+    def _freeze(self, connection: bytes, request: Freeze) -> Reply:
+        record, tier = self._record(connection), self._connections[connection].tier
+        if request.depths and len(request.depths) != len(request.page_ids):
+            raise OutOfRange(
+                f"depths are none or one for each of {len(request.page_ids)} pages, got "
+                f"{len(request.depths)}"
+            )
+        record.pages.freeze(request.page_ids)
+        if tier is not None:
+            tier.pages.freeze(request.page_ids, request.depths or None)
+            self._has_news = True
+        return FreezeReply(request_id=request.request_id)
+
+    def _thaw(self, connection: bytes, request: Thaw) -> Reply | _Steps:
+        record, tier = self._record(connection), self._connections[connection].tier
+        if tier is None:
+            record.pages.thaw(request.page_ids)
+            return ThawReply(request_id=request.request_id)
+        page_ids = record.pages.require_frozen(request.page_ids)
+        record.pages.pin(page_ids)
+        return self._thaw_in_memory(record, tier, page_ids, request)
+
+    def _thaw_in_memory(
+        self,
+        record: ClientRecord,
+        tier: ClientTier,
+        page_ids: npt.NDArray[np.int64],
+        request: Thaw,
+    ) -> _Steps:
+        """Bring pinned pages to memory, and let the client write them."""
+        tier.pages.pin(page_ids)
+        try:
+            if not (yield from self._bring(record, tier, page_ids)):
+                raise _no_room("the thaw", page_ids, tier)
+            # Released meanwhile, they are not to be thawed any more.
+            record.pages.thaw(page_ids)
+            tier.pages.thaw(page_ids)
+            lost = tier.pages.lost_among(page_ids)
+        finally:
+            tier.pages.unpin(page_ids)
+            tier.mover.release(record.pages.unpin(page_ids))
+        return ThawReply(request_id=request.request_id, lost=lost.tolist())
 
     def _stats(self, connection: bytes, request: Stats) -> Reply:
         del connection
@@ -532,12 +785,14 @@ class Service:
         )
         return GoodbyeReply(request_id=request.request_id)
 
-    _HANDLERS: ClassVar[dict[type[Request], Callable[[Service, bytes, Any], Reply | None]]] = {
+    _HANDLERS: ClassVar[dict[type[Request], _Handler]] = {
         Hello: _hello,
         Reserve: _reserve,
         Commit: _commit,
         Fetch: _fetch,
         Release: _release,
+        Freeze: _freeze,
+        Thaw: _thaw,
         Stats: _stats,
         Ping: _ping,
         Goodbye: _goodbye,
@@ -545,6 +800,32 @@ class Service:
 
     if set(_HANDLERS) != set(REQUEST_TYPES):
         raise ImportError("every request type needs exactly one handler")
+
+
+def _too_many() -> Refused:
+    return Refused(
+        ErrorCode.TOO_MANY,
+        f"a client may have {MAX_FETCHES_IN_FLIGHT} requests in flight; wait for replies",
+    )
+
+
+def _no_room(what: str, page_ids: npt.NDArray[np.int64], tier: ClientTier) -> Refused:
+    return Refused(
+        ErrorCode.NO_ROOM,
+        f"{what} needs {page_ids.size} pages in memory at a time, and of the "
+        f"{tier.pages.host_pages} that may be there too few can leave; name fewer pages, freeze "
+        "more, or ask for more host pages (a full or failing disk takes none: `memd status`)",
+    )
+
+
+def _reserved(
+    request: Reserve, record: ClientRecord, page_ids: npt.NDArray[np.int64] | None
+) -> ReserveReply:
+    return ReserveReply(
+        request_id=request.request_id,
+        page_ids=None if page_ids is None else page_ids.tolist(),
+        free_pages=record.pages.count(PageState.FREE),
+    )
 
 
 def _tag(kind: type[Request]) -> str:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["FetchTicket", "ReserveTicket", "Ticket"]
+__all__ = ["FetchTicket", "ReserveTicket", "ThawTicket", "Ticket"]
 
 
 class Ticket:
@@ -60,3 +60,19 @@ class FetchTicket(Ticket):
         self.num_rows = num_rows
         self.landing_start = landing_start
         self.is_finished = False
+
+
+class ThawTicket(Ticket):
+    """A wish to write frozen pages again.
+
+    Attributes:
+        page_ids: Which, int64 [n].
+        lost: Those whose bytes did not come back from disk, int64; None before that is known.
+    """
+
+    __slots__ = ("lost", "page_ids")
+
+    def __init__(self, page_ids: npt.NDArray[np.int64]) -> None:
+        super().__init__()
+        self.page_ids = page_ids
+        self.lost: npt.NDArray[np.int64] | None = None

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.memd import _daemon
 from benchmarks.memd._harness import Row, best, in_turns, medians, parser, report, require
-from memd.config import format_bytes, parse_bytes
 from memd.region import Region
+from memd.sizes import format_bytes, parse_bytes
 from memd.transfer import HostTransfer
 from memd.transfer.rows import take_rows
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.memd import _daemon
 from benchmarks.memd._harness import Row, best, in_turns, medians, parser, report, require
-from memd.config import format_bytes
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     import argparse

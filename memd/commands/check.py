@@ -8,8 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from memd.commands.command import EXIT_OK, EXIT_REFUSED, Command
-from memd.config import MemdConfig, parse_bytes
+from memd.config import MemdConfig
 from memd.errors import ConfigError
+from memd.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import argparse

@@ -8,9 +8,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from memd.commands.command import EXIT_OK, EXIT_REFUSED, Command
-from memd.config import MemdConfig, default_address, parse_bytes
+from memd.config import MemdConfig, default_address
 from memd.errors import MemdError
 from memd.logs import LOG_FORMATS, LOG_LEVELS, configure_logs
+from memd.sizes import parse_bytes
+from memd.tiers.eviction import POLICY_NAMES
 
 if TYPE_CHECKING:
     import argparse
@@ -26,6 +28,8 @@ examples:
       a stand-alone daemon at this user's default address; Ctrl-C ends it
   memd serve --bytes 64GiB --address ipc:///run/memd/control.sock
       the directory must be yours alone (0700); it is made if missing
+  memd serve --bytes 64GiB --disk-dir /mnt/nvme --disk-bytes 512GiB
+      pages that clients have frozen and do not read go to disk and come back (docs/memd.md)
   memd serve --bytes 64GiB --lock --metrics-port 9400 --log-format json
       never swapped, watched by Prometheus, logged for machines (docs/deploy/memd.service)
 
@@ -83,6 +87,33 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=MemdConfig.client_bytes,
         metavar="N[MiB|GiB]",
         help="most of the region that one client may have (default: all of it)",
+    )
+    disk = parser.add_argument_group(
+        "disk",
+        "Clients that say so may have more pages than memory: pages that they do not write go to "
+        "disk and come back when they are read. Memory is then taken as pages need it, not at "
+        "the start.",
+    )
+    disk.add_argument(
+        "--disk-dir",
+        default=MemdConfig.disk_dir,
+        metavar="DIR",
+        help="where a file without a name is made for them, best on a local NVMe (default: none)",
+    )
+    disk.add_argument(
+        "--disk-bytes",
+        type=parse_bytes,
+        default=MemdConfig.disk_bytes,
+        metavar="N[MiB|GiB]",
+        help="its size, all of it taken at the start, for example 256GiB",
+    )
+    disk.add_argument(
+        "--eviction",
+        default=MemdConfig.eviction,
+        choices=POLICY_NAMES,
+        help="which pages leave first: `depth` those deep in a prompt, which fewer prompts share, "
+        "and of these the least recently used; `lru` the least recently used; `lfu` the least "
+        "often used (default: %(default)s)",
     )
     link = parser.add_argument_group(
         "link",
@@ -152,6 +183,9 @@ def _run(arguments: argparse.Namespace) -> int:
         client_bytes=arguments.client_bytes,
         drain_s=arguments.drain_s,
         metrics_port=arguments.metrics_port,
+        disk_dir=arguments.disk_dir,
+        disk_bytes=arguments.disk_bytes,
+        eviction=arguments.eviction,
         link_gbps=arguments.link_gbps,
         link_latency_us=arguments.link_latency_us,
         log_level=arguments.log_level,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memd.commands.command import EXIT_OK, EXIT_UNAVAILABLE, Command
 from memd.commands.daemons import add_address_option, ask_all, has_answered, nobody_there
-from memd.config import format_bytes
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     import argparse

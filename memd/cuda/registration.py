@@ -22,8 +22,8 @@ import mmap
 import time
 from typing import TYPE_CHECKING
 
-from memd.config import format_bytes
 from memd.cuda.errors import CudaError
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,8 +4,9 @@ A frame is one MessagePack map. Its ``type`` key is the tag and its other keys a
 so that any MessagePack library can speak to memd (``docs/memd.md`` shows the maps). Rules:
 
 - every request gets exactly one reply that carries its ``request_id``; requests take effect in
-  their order, and so do replies come, but for those of fetches: a fetch that waits for its turn is
-  answered when its rows have landed, in the order of the client's fetches;
+  their order, and so do replies come, but for those that wait: a fetch is answered when its rows
+  have landed, in the order of the client's fetches, a ``Hello`` when its memory is clean, and with
+  pages on disk a ``Reserve`` or ``Thaw`` when its pages are in memory;
 - a tag is never reused, a field never changes its meaning, a new field has a default;
 - nothing on the wire is code: a typed decoder reads frames, and unknown tags are refused.
 
@@ -34,6 +35,8 @@ __all__ = [
     "ErrorReply",
     "Fetch",
     "FetchReply",
+    "Freeze",
+    "FreezeReply",
     "Goodbye",
     "GoodbyeReply",
     "Hello",
@@ -48,6 +51,8 @@ __all__ = [
     "ReserveReply",
     "Stats",
     "StatsReply",
+    "Thaw",
+    "ThawReply",
     "Welcome",
 ]
 
@@ -58,7 +63,7 @@ SESSION_BYTES = 16
 """Length of the random token that ties a ``Hello`` to a process on the attach socket."""
 
 MAX_PAGES_PER_MESSAGE = 1 << 20
-"""Most page ids in one ``Commit`` or ``Release``."""
+"""Most page ids in one ``Commit``, ``Release``, ``Freeze`` or ``Thaw``."""
 
 _INT63 = (1 << 63) - 1
 _RequestId = Annotated[int, msgspec.Meta(ge=0, le=_INT63)]
@@ -96,6 +101,10 @@ class ErrorCode(enum.StrEnum):
     """The client has too many fetches in flight."""
     PEER_REFUSED = "peer_refused"
     """The process on the attach socket has another user id, or there are too many of them."""
+    NO_ROOM = "no_room"
+    """A fetch or a ``Thaw`` needs more pages in memory at a time than may be there."""
+    PAGE_LOST = "page_lost"
+    """A page that was on disk did not come back as it went; the message names it."""
     DRAINING = "draining"
     """memd is ending: it goes on for the clients it has and takes no new ones."""
     INTERNAL = "internal"
@@ -118,6 +127,8 @@ class Hello(_Message, frozen=True, tag="hello"):
         num_pages: Pages wanted, >= 1.
         landing_bytes: Bytes of the landing ring, a multiple of the layout's ``row_bytes``.
         name: Free text for ``memd status``.
+        host_pages: How many of the pages need memory at a time, where memd has a disk for the
+            others; 0 means all of them.
     """
 
     version: int
@@ -127,6 +138,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     num_pages: Annotated[int, msgspec.Meta(ge=1, le=(1 << 32) - 1)]
     landing_bytes: _Count
     name: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    host_pages: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)] = 0
 
 
 class Reserve(_Message, frozen=True, tag="reserve"):
@@ -155,7 +167,26 @@ class Fetch(_Message, frozen=True, tag="fetch"):
 
 
 class Release(_Message, frozen=True, tag="release"):
-    """Gives reserved or sealed pages back."""
+    """Gives reserved, sealed or frozen pages back."""
+
+    page_ids: _PageIds
+
+
+class Freeze(_Message, frozen=True, tag="freeze"):
+    """Promises not to write sealed pages until ``Thaw``; from now on they may go to disk.
+
+    Attributes:
+        page_ids: Which.
+        depths: How deep in a prompt each of them lies, the first page at 0, for policies that keep
+            what is shared most; empty says nothing.
+    """
+
+    page_ids: _PageIds
+    depths: _PageIds = []
+
+
+class Thaw(_Message, frozen=True, tag="thaw"):
+    """Takes the promise back; once it is answered the pages are in memory and may be written."""
 
     page_ids: _PageIds
 
@@ -187,6 +218,8 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
         page_bytes: Bytes of a page as memd computes it from the layout.
         row_index_bytes: 4 or 8, the width of an index in ``Fetch.rows``.
         max_frame_bytes: Longest request that memd reads; 0 from a memd that does not say.
+        host_pages: How many pages may be in memory at a time; ``num_pages`` if none goes to disk, 0
+            from a memd that does not say, where none does.
     """
 
     version: int
@@ -199,6 +232,7 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
     page_bytes: int
     row_index_bytes: int
     max_frame_bytes: int = 0
+    host_pages: int = 0
 
 
 class ReserveReply(_Message, frozen=True, tag="reserve_reply"):
@@ -226,6 +260,20 @@ class FetchReply(_Message, frozen=True, tag="fetch_reply"):
 
 class ReleaseReply(_Message, frozen=True, tag="release_reply"):
     """The pages are free."""
+
+
+class FreezeReply(_Message, frozen=True, tag="freeze_reply"):
+    """The pages may go to disk."""
+
+
+class ThawReply(_Message, frozen=True, tag="thaw_reply"):
+    """The pages are in memory.
+
+    Attributes:
+        lost: Those whose bytes did not come back from disk; release them.
+    """
+
+    lost: list[int] = []
 
 
 class StatsReply(_Message, frozen=True, tag="stats_reply"):
@@ -272,13 +320,15 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     region_bytes: int
 
 
-Request = Hello | Reserve | Commit | Fetch | Release | Stats | Ping | Goodbye
+Request = Hello | Reserve | Commit | Fetch | Release | Freeze | Thaw | Stats | Ping | Goodbye
 Reply = (
     HelloReply
     | ReserveReply
     | CommitReply
     | FetchReply
     | ReleaseReply
+    | FreezeReply
+    | ThawReply
     | StatsReply
     | Pong
     | GoodbyeReply
@@ -291,6 +341,8 @@ REQUEST_TYPES: tuple[type[Request], ...] = (
     Commit,
     Fetch,
     Release,
+    Freeze,
+    Thaw,
     Stats,
     Ping,
     Goodbye,
@@ -303,6 +355,8 @@ REPLY_TYPES: tuple[type[Reply], ...] = (
     CommitReply,
     FetchReply,
     ReleaseReply,
+    FreezeReply,
+    ThawReply,
     StatsReply,
     Pong,
     GoodbyeReply,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memd import limits
-from memd.config import format_bytes, runtime_directory
+from memd.config import runtime_directory
 from memd.endpoint import Endpoint, peer_of, private_directory
 from memd.errors import ConfigError
 from memd.liveness import ProcessWatch
@@ -21,6 +21,7 @@ from memd.numa import choose_nodes, read_nodes, running_cpu
 from memd.pretouch import can_populate
 from memd.region import largest_lockable_region, largest_region
 from memd.selftest.finding import Finding, Verdict
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memd.client import MemdClient
-from memd.config import format_bytes
 from memd.errors import ConfigError, MemdError
 from memd.process import spawn_memd
 from memd.protocol import KVLayout
 from memd.region import Region
 from memd.selftest.finding import Finding, Verdict
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,7 @@ def measure_pretouch(nodes: Sequence[Node] = (), num_bytes: int = _SAMPLE_BYTES)
     try:
         with Region(num_bytes, nodes=nodes) as region:
             made = region.pretouched
+            assert made is not None, "it has no disk below it"
     except ConfigError as error:
         return Finding("pretouch", Verdict.FAIL, str(error), "free memory or raise the limit")
     return _speed("pretouch", made.gib_per_s, f"by {made.method} on {made.num_threads} thread(s)")

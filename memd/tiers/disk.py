@@ -9,8 +9,8 @@ disk that lost a write, put it elsewhere or returns other bits is a False and ne
 slot that was found bad is set aside with its blocks, and no page goes there again.
 
 Either verb is three steps, so that another thread may wait for the disk: ``begin_put`` and
-``begin_get`` do the books and give a job, its ``run`` does checksum, reading and writing and touches
-no book, and ``end_put`` and ``end_get`` do the rest of the books.
+``begin_get`` do the books and give a job, its ``run`` does checksum, reading and writing and
+touches no book, and ``end_put`` and ``end_get`` do the rest of the books.
 
 On disk a slot is a block for its header and then the page, padded to whole blocks. What the header
 says is kept in memory too, and all three have to agree.
@@ -193,6 +193,10 @@ class DiskTier:
     def is_readable(self) -> bool:
         """Whether pages are still given back."""
         return not self._reads.are_out
+
+    def slot_bytes(self, page_bytes: int) -> int:
+        """Bytes of the file that a page takes."""
+        return self._num_blocks(page_bytes) * self._block_bytes
 
     def put(self, identity: PageIdentity, data: memoryview) -> Slot | None:
         """Write a page.

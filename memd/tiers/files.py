@@ -14,8 +14,8 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Protocol
 
-from memd.config import format_bytes
 from memd.errors import ConfigError
+from memd.sizes import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

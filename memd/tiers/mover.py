@@ -103,6 +103,7 @@ class PageMover:
         self._pages = pages
         self._io = io
         self._moving: _Moving | None = None
+        self._has_ended = False
 
     @property
     def is_moving(self) -> bool:
@@ -147,8 +148,17 @@ class PageMover:
 
     def release(self, page_ids: Sequence[int] | npt.NDArray[np.int64]) -> None:
         """Free pages, and their copies on disk; see ``TieredPages.release``."""
+        if self._has_ended:
+            return
         for page_id in self._pages.release(page_ids).tolist():
             self._io.discard(page_id)
+
+    def end(self) -> None:
+        """Let `release` do nothing from now on: the client is gone, and takes all copies with it.
+
+        Else a page that is on its way from disk could lose its copy to another while it is read.
+        """
+        self._has_ended = True
 
     def _make_room(self) -> Progress:
         """Give up one page's memory, or begin to."""

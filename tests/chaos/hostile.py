@@ -69,6 +69,11 @@ def valid_request(tag: str, rng: np.random.Generator, session: bytes = bytes(16)
             "landing_row": int(rng.integers(20)),
         },
         "release": {"page_ids": rng.permutation(6)[:few].tolist()},
+        "freeze": {
+            "page_ids": rng.permutation(6)[:few].tolist(),
+            "depths": list(range(few)) if rng.random() < 0.5 else [],
+        },
+        "thaw": {"page_ids": rng.permutation(6)[:few].tolist()},
     }
     return {"type": tag, "request_id": int(rng.integers(1 << 20)), **values.get(tag, {})}
 

@@ -15,6 +15,8 @@ from memd.protocol import (
     CommitReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     HelloReply,
@@ -29,6 +31,8 @@ from memd.protocol import (
     ReserveReply,
     Stats,
     StatsReply,
+    Thaw,
+    ThawReply,
     decode_request,
     encode,
 )
@@ -113,6 +117,8 @@ def honest_reply(request: Request, free: list[int]) -> Reply:
     kinds: dict[type[Request], Callable[..., Reply]] = {
         Commit: CommitReply,
         Release: ReleaseReply,
+        Freeze: FreezeReply,
+        Thaw: ThawReply,
         Goodbye: GoodbyeReply,
         Ping: Pong,
     }
@@ -121,7 +127,12 @@ def honest_reply(request: Request, free: list[int]) -> Reply:
 
 def _honest_stats(free: list[int]) -> dict[str, Any]:
     """What a client looks for in the stats of a memd in which nothing is reserved."""
-    mine = {"pages_free": len(free), "pages_reserved": 0, "pages_sealed": NUM_PAGES - len(free)}
+    mine = {
+        "pages_free": len(free),
+        "pages_reserved": 0,
+        "pages_sealed": NUM_PAGES - len(free),
+        "pages_frozen": 0,
+    }
     return {"integrity": "ok", "clients": [{"client_id": 1, **mine}]}
 
 

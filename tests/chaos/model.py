@@ -20,6 +20,8 @@ from memd.protocol import (
     ErrorReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     Hello,
@@ -30,20 +32,41 @@ from memd.protocol import (
     Release,
     ReleaseReply,
     Reply,
+    Request,
     Reserve,
     ReserveReply,
     StatsReply,
+    Thaw,
+    ThawReply,
     decode_request,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memd.protocol import Request
+__all__ = [
+    "FREE",
+    "FROZEN",
+    "LEAVING",
+    "RESERVED",
+    "SEALED",
+    "Expectation",
+    "Model",
+    "ModelClient",
+]
 
-__all__ = ["FREE", "LEAVING", "RESERVED", "SEALED", "Expectation", "Model", "ModelClient"]
+FREE, RESERVED, SEALED = "free", "reserved", "sealed"
+FROZEN, LEAVING = "frozen", "leaving"
 
-FREE, RESERVED, SEALED, LEAVING = "free", "reserved", "sealed", "leaving"
+
+_OfClient = Reserve | Commit | Fetch | Release | Freeze | Thaw | Goodbye
+# What is answered with what, and the states of pages that it needs.
+_OF_PAGES: dict[type[Request], tuple[type[Reply], set[str]]] = {
+    Commit: (CommitReply, {RESERVED}),
+    Release: (ReleaseReply, {RESERVED, SEALED, FROZEN}),
+    Freeze: (FreezeReply, {SEALED}),
+    Thaw: (ThawReply, {FROZEN}),
+}
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,7 +162,7 @@ class Model:
         if isinstance(request, Ping):
             return Expectation(Pong, request.request_id)
         client = self.clients.get(connection)
-        if isinstance(request, Reserve | Commit | Fetch | Release | Goodbye):
+        if isinstance(request, _OfClient):
             if client is None:
                 return _refusal(request, ErrorCode.NOT_REGISTERED)
             return _expect_of_client(client, request)
@@ -171,11 +194,11 @@ class Model:
             assert client is not None
             for page in reply.page_ids or []:
                 client.states[page] = RESERVED
-        elif isinstance(reply, CommitReply):
-            assert isinstance(request, Commit)
+        elif isinstance(reply, CommitReply | FreezeReply | ThawReply):
+            assert isinstance(request, Commit | Freeze | Thaw)
             assert client is not None
             for page in request.page_ids:
-                client.states[page] = SEALED
+                client.states[page] = FROZEN if isinstance(request, Freeze) else SEALED
         elif isinstance(reply, ReleaseReply):
             assert isinstance(request, Release)
             assert client is not None
@@ -222,9 +245,7 @@ def _refusal(request: Request, code: ErrorCode) -> Expectation:
     return Expectation(ErrorReply, request.request_id, (code,))
 
 
-def _expect_of_client(
-    client: ModelClient, request: Reserve | Commit | Fetch | Release | Goodbye
-) -> Expectation:
+def _expect_of_client(client: ModelClient, request: _OfClient) -> Expectation:
     """What a registered client's request must be answered with."""
     states = client.states
     expected = Expectation(GoodbyeReply, request.request_id, client=client, request=request)
@@ -232,13 +253,11 @@ def _expect_of_client(
         free = [page for page, state in enumerate(states) if state == FREE]
         expected.kind = ReserveReply
         expected.page_ids = free[: request.num_pages] if request.num_pages <= len(free) else None
-    elif isinstance(request, Commit | Release):
+    elif isinstance(request, Commit | Release | Freeze | Thaw):
         ids = request.page_ids
-        expected.kind, allowed = (
-            (CommitReply, {RESERVED})
-            if isinstance(request, Commit)
-            else (ReleaseReply, {RESERVED, SEALED})
-        )
+        expected.kind, allowed = _OF_PAGES[type(request)]
+        if isinstance(request, Freeze) and request.depths and len(request.depths) != len(ids):
+            return _refusal(request, ErrorCode.OUT_OF_RANGE)
         if len(set(ids)) != len(ids) or not all(page < len(states) for page in ids):
             return _refusal(request, ErrorCode.OUT_OF_RANGE)
         if not all(states[page] in allowed for page in ids):
@@ -254,6 +273,6 @@ def _expect_of_client(
         if any(row >= len(states) * client.layout.rows_per_page for row in rows):
             return _refusal(request, ErrorCode.OUT_OF_RANGE)
         expected.page_ids = sorted({row // client.layout.rows_per_page for row in rows})
-        if any(states[page] != SEALED for page in expected.page_ids):
+        if any(states[page] not in (SEALED, FROZEN) for page in expected.page_ids):
             return _refusal(request, ErrorCode.WRONG_STATE)
     return expected

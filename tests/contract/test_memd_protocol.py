@@ -19,6 +19,8 @@ from memd.protocol import (
     ErrorReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     Hello,
@@ -34,6 +36,8 @@ from memd.protocol import (
     ReserveReply,
     Stats,
     StatsReply,
+    Thaw,
+    ThawReply,
     Welcome,
     decode_reply,
     decode_request,
@@ -56,10 +60,12 @@ GOLDEN: list[tuple[Any, bytes]] = [
             num_pages=3,
             landing_bytes=64,
             name="e",
+            host_pages=2,
         ),
-        b"\x89\xa4type\xa5hello\xa7version\x01\xa7session\xc4\x10" + SESSION + b"\xa3pid\x07"
+        b"\x8a\xa4type\xa5hello\xa7version\x01\xa7session\xc4\x10" + SESSION + b"\xa3pid\x07"
         b"\xa6layout\x84\xa9num_heads\x02\xa8head_dim\x04\xa5dtype\xa7float32\xabpage_tokens\x08"
-        b"\xa9num_pages\x03\xadlanding_bytes@\xa4name\xa1e\xaarequest_id\x00",
+        b"\xa9num_pages\x03\xadlanding_bytes@\xa4name\xa1e\xaahost_pages\x02"
+        b"\xaarequest_id\x00",
     ),
     (
         Reserve(request_id=1, num_pages=2),
@@ -78,6 +84,14 @@ GOLDEN: list[tuple[Any, bytes]] = [
         Release(request_id=4, page_ids=[1]),
         b"\x83\xa4type\xa7release\xa8page_ids\x91\x01\xaarequest_id\x04",
     ),
+    (
+        Freeze(request_id=8, page_ids=[1, 0], depths=[3, 2]),
+        b"\x84\xa4type\xa6freeze\xa8page_ids\x92\x01\x00\xa6depths\x92\x03\x02\xaarequest_id\x08",
+    ),
+    (
+        Thaw(request_id=9, page_ids=[1]),
+        b"\x83\xa4type\xa4thaw\xa8page_ids\x91\x01\xaarequest_id\x09",
+    ),
     (Stats(request_id=5), b"\x82\xa4type\xa5stats\xaarequest_id\x05"),
     (Ping(request_id=6), b"\x82\xa4type\xa4ping\xaarequest_id\x06"),
     (Goodbye(request_id=7), b"\x82\xa4type\xa7goodbye\xaarequest_id\x07"),
@@ -94,10 +108,12 @@ GOLDEN: list[tuple[Any, bytes]] = [
             page_bytes=512,
             row_index_bytes=4,
             max_frame_bytes=1024,
+            host_pages=3,
         ),
-        b"\x8c\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
+        b"\x8d\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
         b"\xacextent_bytes\xcd\x20\x00\xaelanding_offset\xcd\x10\x00\xaclanding_rows\x02"
         b"\xa9row_bytes\x20\xaapage_bytes\xcd\x02\x00\xafrow_index_bytes\x04\xafmax_frame_bytes\xcd\x04\x00"
+        b"\xaahost_pages\x03"
         b"\xaarequest_id\x00",
     ),
     (
@@ -114,6 +130,11 @@ GOLDEN: list[tuple[Any, bytes]] = [
         b"\x84\xa4type\xabfetch_reply\xa8num_rows\x02\xa9gather_ns\xcd\x03\xe8\xaarequest_id\x03",
     ),
     (ReleaseReply(request_id=4), b"\x82\xa4type\xadrelease_reply\xaarequest_id\x04"),
+    (FreezeReply(request_id=8), b"\x82\xa4type\xacfreeze_reply\xaarequest_id\x08"),
+    (
+        ThawReply(request_id=9, lost=[1]),
+        b"\x83\xa4type\xaathaw_reply\xa4lost\x91\x01\xaarequest_id\x09",
+    ),
     (
         StatsReply(request_id=5, stats={"integrity": "ok"}),
         b"\x83\xa4type\xabstats_reply\xa5stats\x81\xa9integrity\xa2ok\xaarequest_id\x05",
@@ -181,6 +202,8 @@ def test_error_codes_are_golden() -> None:
         "quota",
         "too_many",
         "peer_refused",
+        "no_room",
+        "page_lost",
         "draining",
         "internal",
     ]

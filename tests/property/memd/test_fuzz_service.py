@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 from memd.protocol import (
     Commit,
     Fetch,
+    Freeze,
     Goodbye,
     HelloReply,
     Ping,
@@ -36,6 +37,7 @@ from memd.protocol import (
     Reserve,
     ReserveReply,
     Stats,
+    Thaw,
     encode,
 )
 from tests.chaos.hostile import REQUEST_TAGS, hostile_frame, valid_request
@@ -47,7 +49,7 @@ from tests.chaos.judged import (
     hello_frame,
     send_hostile_frames,
 )
-from tests.chaos.model import RESERVED, SEALED
+from tests.chaos.model import FROZEN, RESERVED, SEALED
 
 T = TypeVar("T")
 
@@ -135,8 +137,24 @@ class ServiceMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 2), data=st.data())
     def release(self, index: int, data: st.DataObject) -> None:
         connection = self.client(index)
-        ids = data.draw(self.pages(connection, RESERVED, SEALED))
+        ids = data.draw(self.pages(connection, RESERVED, SEALED, FROZEN))
         self.judged.send(connection, encode(Release(request_id=self.request_id(), page_ids=ids)))
+
+    @has_clients
+    @rule(index=st.integers(0, 2), data=st.data(), has_depths=st.booleans())
+    def freeze(self, index: int, data: st.DataObject, has_depths: bool) -> None:
+        connection = self.client(index)
+        ids = data.draw(self.pages(connection, SEALED))
+        depths = ids if has_depths else []
+        request = Freeze(request_id=self.request_id(), page_ids=ids, depths=depths)
+        self.judged.send(connection, encode(request))
+
+    @has_clients
+    @rule(index=st.integers(0, 2), data=st.data())
+    def thaw(self, index: int, data: st.DataObject) -> None:
+        connection = self.client(index)
+        ids = data.draw(self.pages(connection, FROZEN))
+        self.judged.send(connection, encode(Thaw(request_id=self.request_id(), page_ids=ids)))
 
     @has_clients
     @rule(
@@ -147,7 +165,7 @@ class ServiceMachine(RuleBasedStateMachine):
     )
     def fetch(self, index: int, data: st.DataObject, landing_row: int, end: bytes) -> None:
         connection, size = self.client(index), LAYOUT.rows_per_page
-        pages = data.draw(self.pages(connection, SEALED))
+        pages = data.draw(self.pages(connection, SEALED, FROZEN))
         inner = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=12))
         rows = [pages[at % len(pages)] * size + row for at, row in enumerate(inner) if pages]
         packed = np.array(rows, dtype="<u4").tobytes() + end

@@ -22,6 +22,8 @@ from memd.protocol import KVLayout
 from memd.store import ClientRecord, OutOfRange, PageState, Store, WrongState
 
 REGION_BYTES = 1 << 18
+MEMORY_BYTES = REGION_BYTES * 3 // 4
+DISK_BYTES = REGION_BYTES // 2
 LAYOUT = KVLayout(num_heads=2, head_dim=32, dtype="float32", page_tokens=8)
 
 
@@ -30,7 +32,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = Store(REGION_BYTES)
+        self.store = Store(REGION_BYTES, memory_bytes=MEMORY_BYTES, disk_bytes=DISK_BYTES)
         # The model: what each byte holds (0 is clean), and the state of every page.
         self.memory = np.zeros(REGION_BYTES, dtype=np.uint8)
         self.states: dict[int, list[PageState]] = {}
@@ -39,11 +41,18 @@ class StoreMachine(RuleBasedStateMachine):
         target=clients,
         num_pages=st.integers(1, 40),
         landing_rows=st.integers(0, 40),
+        host_share=st.sampled_from([1.0, 0.5, 0.0]),
     )
-    def register(self, num_pages: int, landing_rows: int) -> object:
+    def register(self, num_pages: int, landing_rows: int, host_share: float) -> object:
         try:
             record = self.store.register(
-                pid=1, name="", layout=LAYOUT, num_pages=num_pages, landing_rows=landing_rows
+                pid=1,
+                name="",
+                layout=LAYOUT,
+                num_pages=num_pages,
+                landing_rows=landing_rows,
+                host_pages=max(1, int(num_pages * host_share)),
+                slot_bytes=LAYOUT.page_bytes + 4096,
             )
         except PoolFull:
             return multiple()
@@ -87,8 +96,28 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(record=clients, ids=st.lists(st.integers(-1, 41), max_size=6))
     def release(self, record: ClientRecord, ids: list[int]) -> None:
-        held = {PageState.RESERVED, PageState.SEALED}
+        held = {PageState.RESERVED, PageState.SEALED, PageState.FROZEN}
         self.change(record, ids, record.pages.release, held, PageState.FREE)
+
+    @rule(record=clients, ids=st.lists(st.integers(-1, 41), max_size=6))
+    def freeze(self, record: ClientRecord, ids: list[int]) -> None:
+        self.change(record, ids, record.pages.freeze, {PageState.SEALED}, PageState.FROZEN)
+
+    @rule(record=clients, ids=st.lists(st.integers(-1, 41), max_size=6))
+    def thaw(self, record: ClientRecord, ids: list[int]) -> None:
+        self.change(record, ids, record.pages.thaw, {PageState.FROZEN}, PageState.SEALED)
+
+    @rule(record=clients, page=st.integers(0, 39))
+    def release_while_it_is_read(self, record: ClientRecord, page: int) -> None:
+        states = self.states[record.client_id]
+        if page >= len(states) or states[page] not in (PageState.SEALED, PageState.FROZEN):
+            return
+        record.pages.pin(np.array([page]))
+        assert record.pages.release([page]).size == 0
+        assert record.pages.state(page) is PageState.LEAVING
+        record.pages.check_integrity()
+        assert record.pages.unpin(np.array([page])).tolist() == [page]
+        states[page] = PageState.FREE
 
     def change(self, record, ids, verb, allowed, new) -> None:  # type: ignore[no-untyped-def]
         states = self.states[record.client_id]
@@ -109,11 +138,11 @@ class StoreMachine(RuleBasedStateMachine):
         states = self.states[record.client_id]
         if page >= len(states):
             return
-        if states[page] is PageState.SEALED:
-            record.pages.require_sealed(np.array([page]))
+        if states[page] in (PageState.SEALED, PageState.FROZEN):
+            record.pages.require_readable(np.array([page]))
         else:
             with pytest.raises(WrongState):
-                record.pages.require_sealed(np.array([page]))
+                record.pages.require_readable(np.array([page]))
 
     @invariant()
     def holds(self) -> None:

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from memd.__main__ import main
-from memd.config import (
-    MemdConfig,
-    default_address,
-    format_bytes,
-    parse_bytes,
-    runtime_directory,
-)
+from memd.config import MemdConfig, default_address, runtime_directory
 from memd.endpoint import Endpoint
 from memd.errors import ConfigError
+from memd.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memd.__main__ import parser
-from memd.config import parse_bytes
+from memd.sizes import parse_bytes
 
 UNIT = Path(__file__).parents[3] / "docs" / "deploy" / "memd.service"
 

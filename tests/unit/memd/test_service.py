@@ -14,6 +14,8 @@ from memd.protocol import (
     ErrorReply,
     Fetch,
     FetchReply,
+    Freeze,
+    FreezeReply,
     Goodbye,
     GoodbyeReply,
     Hello,
@@ -27,6 +29,8 @@ from memd.protocol import (
     ReserveReply,
     Stats,
     StatsReply,
+    Thaw,
+    ThawReply,
     decode_reply,
     encode,
 )
@@ -49,7 +53,12 @@ class Daemon:
         )
 
     def ask(self, request: Any, connection: bytes = b"c") -> Any:
-        return decode_reply(self.service.handle(connection, encode(request)))
+        """The reply to a request, of a service that may have to do some steps for it."""
+        raw = self.service.handle(connection, encode(request))
+        while raw is None:
+            assert self.service.has_work, "it was never answered"
+            raw = next((reply for _, reply in self.service.step()), None)
+        return decode_reply(raw)
 
     def hello(self, connection: bytes = b"c", pid: int = 5, **changes: Any) -> Any:
         self.session = self.service.open_session(pid)
@@ -98,10 +107,12 @@ def test_every_request_gets_its_reply(daemon: Daemon) -> None:
         (Reserve(request_id=1, num_pages=2), ReserveReply),
         (Commit(request_id=2, page_ids=[0, 1]), CommitReply),
         (Fetch(request_id=3, rows=rows(0, 15), landing_row=0), FetchReply),
-        (Release(request_id=4, page_ids=[1]), ReleaseReply),
-        (Stats(request_id=5), StatsReply),
-        (Ping(request_id=6), Pong),
-        (Goodbye(request_id=7), GoodbyeReply),
+        (Freeze(request_id=4, page_ids=[0, 1], depths=[0, 1]), FreezeReply),
+        (Thaw(request_id=5, page_ids=[0]), ThawReply),
+        (Release(request_id=6, page_ids=[1]), ReleaseReply),
+        (Stats(request_id=7), StatsReply),
+        (Ping(request_id=8), Pong),
+        (Goodbye(request_id=9), GoodbyeReply),
     ]
     for request, kind in conversation:
         reply = daemon.ask(request)
@@ -113,6 +124,8 @@ def test_every_request_gets_its_reply(daemon: Daemon) -> None:
         "reserve": 1,
         "commit": 1,
         "fetch": 1,
+        "freeze": 1,
+        "thaw": 1,
         "release": 1,
         "stats": 1,
         "ping": 1,
@@ -143,6 +156,10 @@ def test_fetched_rows_lie_in_the_landing_ring(client: Daemon) -> None:
         (Commit(request_id=9, page_ids=[4]), ErrorCode.OUT_OF_RANGE),
         (Release(request_id=9, page_ids=[3]), ErrorCode.WRONG_STATE),
         (Release(request_id=9, page_ids=[0, 0]), ErrorCode.OUT_OF_RANGE),
+        (Freeze(request_id=9, page_ids=[0, 2]), ErrorCode.WRONG_STATE),
+        (Freeze(request_id=9, page_ids=[0, 1], depths=[7]), ErrorCode.OUT_OF_RANGE),
+        (Thaw(request_id=9, page_ids=[0]), ErrorCode.WRONG_STATE),
+        (Thaw(request_id=9, page_ids=[4]), ErrorCode.OUT_OF_RANGE),
     ],
 )
 def test_a_refused_request_changes_nothing(client: Daemon, request_: Any, code: ErrorCode) -> None:

@@ -90,16 +90,16 @@ class TestPageTable:
         pages = PageTable(3)
         pages.reserve(2)
         pages.commit([0])
-        pages.require_sealed(np.array([0, 0]))
+        pages.require_readable(np.array([0, 0]))
         for page in (1, 2):
             with pytest.raises(WrongState, match=f"only SEALED pages are readable: page {page}"):
-                pages.require_sealed(np.array([0, page]))
+                pages.require_readable(np.array([0, page]))
 
     def test_all_pages_sealed_is_readable_everywhere(self) -> None:
         pages = PageTable(2)
         pages.reserve(2)
         pages.commit([0, 1])
-        pages.require_sealed(np.array([1, 0, 1]))
+        pages.require_readable(np.array([1, 0, 1]))
 
     def test_a_table_has_a_page(self) -> None:
         with pytest.raises(ValueError, match="at least 1"):
