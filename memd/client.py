@@ -22,7 +22,7 @@ import dataclasses
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -159,7 +159,8 @@ class MemdClient:
         self._deadline_s = deadline_s
         self._clock = clock
         self._num_rows = num_pages * layout.rows_per_page
-        self._row_index_dtype = np.dtype(f"<u{hello.row_index_bytes}")
+        # What the rows of a fetch are packed into: none has more of them than the ring.
+        self._packed_rows = np.empty(hello.landing_rows, dtype=f"<u{hello.row_index_bytes}")
         # What is in a frame beside the indices is far below this.
         room = (hello.max_frame_bytes or _COMMON_FRAME_BYTES) - 256
         self._max_fetch_rows = room // hello.row_index_bytes
@@ -325,9 +326,15 @@ class MemdClient:
             ticket = FetchTicket(0, 0)
             ticket.is_done = True
             return ticket
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= self._num_rows:
-            raise ValueError(f"rows are 0..{self._num_rows - 1}, got {low}..{high}")
+        flat = rows.reshape(-1).astype(np.int64, copy=False)
+        # Packed first: the look at them then finds part of them in the cache.
+        packed = self._packed_rows[:num_rows]
+        np.copyto(packed, flat[: packed.size], casting="unsafe")
+        # Read as unsigned, negative ones are larger than any row: one pass finds both kinds.
+        if int(flat.view(np.uint64).max()) >= self._num_rows:
+            raise ValueError(
+                f"rows are 0..{self._num_rows - 1}, got {int(rows.min())}..{int(rows.max())}"
+            )
         if num_rows > self._max_fetch_rows:
             raise ValueError(
                 f"memd reads requests of at most {self._max_fetch_rows} rows, got {num_rows}; "
@@ -338,10 +345,11 @@ class MemdClient:
             self._counters.fetches_refused_ring_full += 1
             return None
         ticket = FetchTicket(num_rows, start)
-        packed = rows.astype(self._row_index_dtype).tobytes()
+        # The encoder copies it, and takes any buffer for bytes.
+        in_frame = cast("bytes", packed.data)
         self._counters.fetches_issued += 1
         self._request(
-            "fetch", ticket, lambda i: Fetch(request_id=i, rows=packed, landing_row=start)
+            "fetch", ticket, lambda i: Fetch(request_id=i, rows=in_frame, landing_row=start)
         )
         return ticket
 
