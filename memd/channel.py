@@ -24,6 +24,8 @@ _MAX_WELCOME_BYTES = 4096
 # Six days.
 _NEVER_MS = 1 << 29
 _LINGER_MS = 200
+# As an enum's member, asking for it would take longer than asking ZeroMQ.
+_POLLIN = int(zmq.POLLIN)
 
 
 class Channel(Protocol):
@@ -145,7 +147,7 @@ class ZmqChannel:
 
     def receive(self) -> bytes | None:
         """The next reply; see ``Channel.receive``."""
-        if not int(self._control.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not int(self._control.getsockopt(zmq.EVENTS)) & _POLLIN:
             return None
         try:
             frames = self._control.recv_multipart(zmq.NOBLOCK)
