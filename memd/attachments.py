@@ -4,6 +4,9 @@ A process that connects is told who it must be (this user's, one of at most ``ma
 session and the region's descriptor, and is watched from then on by its pidfd and its connection.
 Whichever of the two says first that it is gone closes its session. What a session means is the
 service's business.
+
+All of them are behind one descriptor, so that a look at it costs the same beside many idle
+processes as beside none.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import select
 import socket
 import time
 from typing import TYPE_CHECKING
-
-import zmq
 
 from memd.endpoint import Peer, is_allowed_peer, peer_of
 from memd.lifecycle import DaemonState
@@ -50,7 +52,6 @@ class Attachments:
 
     Args:
         listener: The attach socket, listening; stays the caller's.
-        poller: Where descriptors are registered for the time that they are open.
         service: Opens and closes sessions.
         region: What is handed out.
         config: Settings.
@@ -59,22 +60,24 @@ class Attachments:
     def __init__(
         self,
         listener: socket.socket,
-        poller: zmq.Poller,
         service: Service,
         region: Region,
         config: MemdConfig,
     ) -> None:
         self._listener = listener
-        self._poller = poller
         self._service = service
         self._region = region
         self._config = config
+        # By session: all of them, and those that no descriptor tells enough about (`check_time`).
+        self._attached: dict[bytes, _Attachment] = {}
+        self._by_time: dict[bytes, _Attachment] = {}
         # By descriptor: connection and pidfd of each process.
         self._by_fd: dict[int, _Attachment] = {}
         self._num_failures = 0
         # When the listener is looked at again; None while it is.
         self._resume_at: float | None = None
-        poller.register(listener.fileno(), zmq.POLLIN)
+        self._epoll = select.epoll()
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
 
     def __enter__(self) -> Attachments:
         """The attachments."""
@@ -82,46 +85,44 @@ class Attachments:
 
     def __exit__(self, *exc_info: object) -> None:
         """Let go of every process; its session ends with the service."""
-        for attachment in self._all():
+        for attachment in list(self._attached.values()):
             self._forget(attachment)
+        self._epoll.close()
 
-    def on_readable(self, fd: int) -> None:
-        """See to a descriptor that the poller has found readable; others than ours are ignored."""
-        if fd == self._listener.fileno():
-            self._accept()
-        elif fd in self._by_fd:
-            attachment = self._by_fd[fd]
-            if fd == attachment.watch.fileno():
-                self._detach(attachment, "its process ended")
-            else:
-                self._on_connection_readable(attachment)
+    def fileno(self) -> int:
+        """Descriptor that is readable when ``on_readable`` has something to do."""
+        return self._epoll.fileno()
+
+    def on_readable(self) -> None:
+        """See to whoever comes, goes or says something."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._listener.fileno():
+                self._accept()
+            elif fd in self._by_fd:
+                self._on_descriptor(fd, self._by_fd[fd])
 
     @property
     def needs_polling(self) -> bool:
         """Whether ``check_time`` has to be called now and then."""
-        return self._resume_at is not None or any(
-            attachment.watch.fileno() is None
-            or not self._service.has_said_hello(attachment.session)
-            for attachment in self._by_fd.values()
-        )
+        return self._resume_at is not None or bool(self._by_time)
 
     def check_time(self) -> None:
         """What no descriptor reports: deaths without a pidfd, clients that never say Hello."""
+        if not self.needs_polling:
+            return
         now = time.monotonic()
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
-            self._poller.register(self._listener.fileno(), zmq.POLLIN)
-        for attachment in self._all():
-            if attachment.watch.fileno() is None and attachment.watch.is_dead:
+            self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
+        for attachment in list(self._by_time.values()):
+            has_pidfd = attachment.watch.fileno() is not None
+            if not has_pidfd and attachment.watch.is_dead:
                 self._detach(attachment, "its process ended")
-            elif now > attachment.hello_deadline and not self._service.has_said_hello(
-                attachment.session
-            ):
+            elif self._service.has_said_hello(attachment.session):
+                if has_pidfd:
+                    del self._by_time[attachment.session]
+            elif now > attachment.hello_deadline:
                 self._detach(attachment, "it never said Hello")
-
-    def _all(self) -> list[_Attachment]:
-        """Each process once."""
-        return list({id(each): each for each in self._by_fd.values()}.values())
 
     def _rest(self, error: OSError) -> None:
         """Leave the listener alone for a while: it stays readable, and asking again at once fails.
@@ -131,8 +132,7 @@ class Attachments:
         if self._num_failures == 0:
             _LOG.warning("cannot accept (further failures are only counted): %s", error)
         self._num_failures += 1
-        if self._resume_at is None:
-            self._poller.unregister(self._listener.fileno())
+        self._epoll.modify(self._listener.fileno(), 0)
         self._resume_at = time.monotonic() + _REST_S
 
     def _accept(self) -> None:
@@ -153,10 +153,8 @@ class Attachments:
             session=self._service.open_session(peer.pid),
             hello_deadline=time.monotonic() + self._config.hello_grace_s,
         )
-        for fd in (connection.fileno(), attachment.watch.fileno()):
-            if fd is not None:
-                self._by_fd[fd] = attachment
-                self._poller.register(fd, zmq.POLLIN)
+        self._attached[attachment.session] = attachment
+        self._by_time[attachment.session] = attachment
         welcome = Welcome(
             version=PROTOCOL_VERSION,
             session=attachment.session,
@@ -164,6 +162,10 @@ class Attachments:
             region_bytes=self._region.num_bytes,
         )
         try:
+            for fd in (connection.fileno(), attachment.watch.fileno()):
+                if fd is not None:
+                    self._epoll.register(fd, select.EPOLLIN)
+                    self._by_fd[fd] = attachment
             socket.send_fds(connection, [encode(welcome)], [self._region.fd])
         except OSError as error:
             self._detach(attachment, f"its attach connection failed: {error}")
@@ -176,7 +178,7 @@ class Attachments:
             )
         if self._service.state is DaemonState.DRAINING:
             return ErrorCode.DRAINING, "memd is ending and takes no new clients"
-        num_attached = len(self._all())
+        num_attached = len(self._attached)
         if num_attached >= self._config.max_clients:
             return (
                 ErrorCode.PEER_REFUSED,
@@ -203,8 +205,13 @@ class Attachments:
         with connection, contextlib.suppress(OSError):
             connection.send(encode(answer))
 
-    def _on_connection_readable(self, attachment: _Attachment) -> None:
-        """A client never speaks on the attach socket: readable means closed; words are ignored."""
+    def _on_descriptor(self, fd: int, attachment: _Attachment) -> None:
+        """Look at a process; what was reported may have been about an earlier one's descriptor."""
+        if fd == attachment.watch.fileno():
+            if attachment.watch.is_dead:
+                self._detach(attachment, "its process ended")
+            return
+        # A client never speaks on the attach socket: readable means closed; words are ignored.
         try:
             said = attachment.connection.recv(64)
         except BlockingIOError:
@@ -219,8 +226,10 @@ class Attachments:
         self._service.close_session(attachment.session, reason)
 
     def _forget(self, attachment: _Attachment) -> None:
+        del self._attached[attachment.session]
+        self._by_time.pop(attachment.session, None)
         for fd in (attachment.connection.fileno(), attachment.watch.fileno()):
             if fd is not None and self._by_fd.pop(fd, None) is not None:
-                self._poller.unregister(fd)
+                self._epoll.unregister(fd)
         attachment.connection.close()
         attachment.watch.close()

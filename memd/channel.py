@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import time
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 import zmq
@@ -23,6 +24,8 @@ _MAX_WELCOME_BYTES = 4096
 # Six days.
 _NEVER_MS = 1 << 29
 _LINGER_MS = 200
+# As an enum's member, asking for it would take longer than asking ZeroMQ.
+_POLLIN = int(zmq.POLLIN)
 
 
 class Channel(Protocol):
@@ -127,6 +130,12 @@ class ZmqChannel:
         self._any = zmq.Poller()
         self._any.register(self._control, zmq.POLLIN)
         self._any.register(connection.fileno(), zmq.POLLIN)
+        # A channel that was forgotten in a cycle is collected together with all that only it knows,
+        # and then a context can wait for ever for a socket that is garbage, too. So what is to be
+        # closed is also known here, which closes it as soon as the channel itself is gone.
+        self._forgotten = weakref.finalize(
+            self, _close_forgotten, self._context, self._control, connection, os.getpid()
+        )
 
     def send(self, frame: bytes) -> bool:
         """Queue a frame; see ``Channel.send``."""
@@ -138,7 +147,7 @@ class ZmqChannel:
 
     def receive(self) -> bytes | None:
         """The next reply; see ``Channel.receive``."""
-        if not int(self._control.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not int(self._control.getsockopt(zmq.EVENTS)) & _POLLIN:
             return None
         try:
             frames = self._control.recv_multipart(zmq.NOBLOCK)
@@ -157,23 +166,42 @@ class ZmqChannel:
 
     def close(self) -> None:
         """Close both; see ``Channel.close``."""
+        self._forgotten.detach()
         with contextlib.suppress(zmq.ZMQError):
             self._context.destroy(linger=_LINGER_MS)
         self._connection.close()
 
 
+def _close_forgotten(
+    context: zmq.Context[zmq.Socket[bytes]],
+    control: zmq.Socket[bytes],
+    connection: socket.socket,
+    owner_pid: int,
+) -> None:
+    """Close what a channel that nobody closed has left; frames that are still queued are lost."""
+    # A forked child has nothing of it but the connection.
+    if os.getpid() == owner_pid:
+        with contextlib.suppress(zmq.ZMQError):
+            control.close(linger=0)
+            context.term()
+    connection.close()
+
+
 def ask_once(endpoint: Endpoint, frame: bytes, timeout_s: float) -> bytes:
     """Send one request that needs no ``Hello`` and give the reply frame.
+
+    Attaches nowhere, so it takes no client's place.
 
     Raises:
         MemdUnavailable: Nobody listens.
         MemdTimeout: No reply within ``timeout_s`` seconds.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        # ZeroMQ would silently wait for a socket to appear; a plain connect tells at once.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # ZeroMQ would silently wait for a socket to appear; a plain connect tells at once. To the
+        # daemon it is a connection that ends before its first byte.
         probe.settimeout(timeout_s)
         try:
-            probe.connect(os.fspath(endpoint.attach))
+            probe.connect(os.fspath(endpoint.control))
         except OSError as error:
             raise MemdUnavailable(f"nobody serves {endpoint.address}: {error.strerror}") from error
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)

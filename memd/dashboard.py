@@ -55,6 +55,7 @@ def frame(before: Sample | None, now: Sample) -> RenderableType:
     change = _Change({} if before is None else before.stats, stats, max(span_s, 1e-3))
     parts: list[RenderableType] = [
         _pool(stats["region"]),
+        *_disk(stats),
         _fetches(change),
         Text(),
         _latencies(change),
@@ -116,16 +117,35 @@ class _Change:
 
 
 def _pool(region: dict[str, Any]) -> RenderableType:
-    used = region["bytes"] - region["free_bytes"]
+    total = region["memory_bytes"]
+    used = total - region["memory_free_bytes"]
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
         "pool",
-        ProgressBar(total=region["bytes"], completed=used, width=24),
-        f"{format_bytes(used)} of {format_bytes(region['bytes'])} given to clients, longest free "
+        ProgressBar(total=total, completed=used, width=24),
+        f"{format_bytes(used)} of {format_bytes(total)} given to clients, longest free "
         f"run {format_bytes(region['largest_free_bytes'])}, "
         f"{format_bytes(region['dirty_bytes'])} to be zeroed",
     )
     return grid
+
+
+def _disk(stats: dict[str, Any]) -> list[RenderableType]:
+    if "disk" not in stats:
+        return []
+    disk = stats["disk"]
+    used = disk["bytes"] - disk["free_bytes"]
+    num_lost = sum(client["lost_pages"] for client in stats["clients"])
+    state = "" if disk["is_writable"] else ", takes no more"
+    state = state if disk["is_readable"] else ", off"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(
+        "disk",
+        ProgressBar(total=disk["bytes"], completed=used, width=24),
+        f"{format_bytes(used)} of {format_bytes(disk['bytes'])}, {disk['pages']:,} pages, "
+        f"{disk['puts']:,} went and {disk['gets']:,} came back, {num_lost:,} lost{state}",
+    )
+    return [grid]
 
 
 def _fetches(change: _Change) -> RenderableType:

@@ -5,11 +5,17 @@ Keys of the answer (all counts since the daemon started, sizes in bytes, times i
 =============  ==================================================================================
 ``daemon``     ``pid``, ``version`` (protocol), ``state`` (``memd.lifecycle``), ``uptime_s``,
                ``address``, ``transfer``
-``region``     ``bytes``, ``free_bytes``, ``largest_free_bytes``, ``dirty_bytes``
+``region``     ``bytes``, ``free_bytes``, ``largest_free_bytes``, ``dirty_bytes``: addresses;
+               ``memory_bytes``, ``memory_free_bytes``: memory, of which there is less than
+               addresses where there is a disk
 ``clients``    one map each: ``client_id``, ``pid``, ``name``, ``pages``, ``pages_free``,
-               ``pages_reserved``, ``pages_sealed``, ``pages_leaving`` (released, but read by a
-               fetch), ``page_bytes``, ``extent_bytes``, ``landing_rows``, ``pending_bytes``
-               (still to be copied), ``silent_s`` (since its last request)
+               ``pages_reserved``, ``pages_sealed``, ``pages_frozen``, ``pages_leaving`` (released,
+               but read by a fetch), ``page_bytes``, ``extent_bytes``, ``memory_bytes`` (promised),
+               ``memory_pages``, ``disk_pages``, ``lost_pages`` (where pages are), ``landing_rows``,
+               ``pending_bytes`` (still to be copied), ``silent_s`` (since its last request)
+``disk``       only with one: ``bytes``, ``free_bytes``, ``quarantined_bytes`` (found bad),
+               ``pages``, ``is_writable``, ``is_readable``, ``eviction``, and the fields of
+               ``memd.tiers.disk.DiskCounters`` (``puts``: spilled, ``gets``: promoted, ...)
 ``counters``   the fields of ``Counters``
 ``requests``   answered requests by tag
 ``errors``     refused requests by ``ErrorCode``

@@ -49,6 +49,27 @@ _REGION = {
     "free_bytes": "Bytes of the region that no client has.",
     "largest_free_bytes": "Longest run of free bytes; what one more client can have.",
     "dirty_bytes": "Bytes given back that are not zeroed yet.",
+    "memory_bytes": "Memory that clients may be promised.",
+    "memory_free_bytes": "Memory that no client was promised.",
+}
+
+# By key of the disk's stats: name, factor, text.
+_DISK = {
+    "bytes": ("memd_disk_bytes", 1, "Size of the disk tier."),
+    "free_bytes": ("memd_disk_free_bytes", 1, "Bytes of it that no page takes."),
+    "quarantined_bytes": ("memd_disk_quarantined_bytes", 1, "Bytes of it that were found bad."),
+    "is_writable": ("memd_disk_is_writable", 1, "1 while it takes pages."),
+    "is_readable": ("memd_disk_is_readable", 1, "1 while it gives pages back."),
+    "puts": ("memd_disk_puts_total", 1, "Pages that went to disk."),
+    "puts_full": ("memd_disk_puts_full_total", 1, "Pages for which it had no room."),
+    "put_errors": ("memd_disk_put_errors_total", 1, "Pages that could not be written."),
+    "gets": ("memd_disk_gets_total", 1, "Pages that came back."),
+    "get_errors": ("memd_disk_get_errors_total", 1, "Pages that could not be read."),
+    "corrupt": ("memd_disk_corrupt_total", 1, "Pages that came back otherwise than they went."),
+    "bytes_written": ("memd_disk_written_bytes_total", 1, "Bytes of pages written."),
+    "bytes_read": ("memd_disk_read_bytes_total", 1, "Bytes of pages read."),
+    "put_ns": ("memd_disk_put_seconds_total", 1e-9, "Time spent writing pages."),
+    "get_ns": ("memd_disk_get_seconds_total", 1e-9, "Time spent reading pages."),
 }
 
 
@@ -66,6 +87,10 @@ def render(stats: dict[str, Any], *, age_s: float) -> str:
             page.one(f"memd_region_{key}", "gauge", text, stats["region"][key])
     if "clients" in stats:
         _clients(page, stats["clients"])
+    for key, (name, unit, text) in _DISK.items():
+        if "disk" in stats:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            page.one(name, kind, text, int(stats["disk"][key]) * unit)
     for field, value in stats.get("counters", {}).items():
         if field in _COUNTERS:
             name, unit, text = _COUNTERS[field]
@@ -126,6 +151,11 @@ def _clients(page: _Page, clients: list[dict[str, Any]]) -> None:
     ):
         samples = [(f'{{state="{state}"}}', count) for state, count in sums.items()]
         page.family(name, "gauge", text, samples)
+    places = [
+        (f'{{place="{place}"}}', sum(client[f"{place}_pages"] for client in clients))
+        for place in ("memory", "disk", "lost")
+    ]
+    page.family("memd_pages_by_place", "gauge", "Pages of all clients by place.", places)
 
 
 def _requests(page: _Page, stats: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ Life of a client, as the loop sees it::
     ...
     pidfd readable or attach connection closed ──> session closed, extent reclaimed, zeroed, free
 
-What the loop waits on: the ZeroMQ ROUTER, the attach listener, every attach connection, every
-client's pidfd, the parent's pidfd, and a pipe that signals write to. Rows are copied and returned
-memory is zeroed in small steps between two looks at those.
+What the loop waits on: the ZeroMQ ROUTER, one descriptor for the attach listener and every client's
+connection and pidfd, the parent's pidfd, and a pipe that signals write to. Rows are copied and
+returned memory is zeroed in small steps between two looks at those.
 """
 
 from __future__ import annotations
@@ -133,9 +133,8 @@ class Server:
                 self._sleep_again()
             if self._router in events:
                 self._serve_requests()
-            for fd in events:
-                if isinstance(fd, int):
-                    self._attachments.on_readable(fd)
+            if self._attachments.fileno() in events:
+                self._attachments.on_readable()
             for sender, reply in self._service.step():
                 self._send(sender, reply)
             self._attachments.check_time()
@@ -269,8 +268,9 @@ class Server:
         # Attaching is the first thing a client does, so it opens last.
         listener.listen(config.max_clients)
         self._attachments = stack.enter_context(
-            Attachments(listener, self._poller, self._service, self._region, config)
+            Attachments(listener, self._service, self._region, config)
         )
+        self._poller.register(self._attachments.fileno(), zmq.POLLIN)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

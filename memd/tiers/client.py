@@ -148,9 +148,9 @@ class Tiers:
 def tier_stats(tier: ClientTier | None, num_pages: int) -> dict[str, Any]:
     """A client's pages by place, as plain data; all in memory without a tier."""
     if tier is None:
-        return {"pages_in_memory": num_pages, "pages_on_disk": 0, "pages_lost": 0}
+        return {"memory_pages": num_pages, "disk_pages": 0, "lost_pages": 0}
     return {
-        "pages_in_memory": tier.pages.count(Place.HOST),
-        "pages_on_disk": tier.pages.count(Place.DISK),
-        "pages_lost": tier.pages.count(Place.LOST),
+        "memory_pages": tier.pages.count(Place.HOST),
+        "disk_pages": tier.pages.count(Place.DISK),
+        "lost_pages": tier.pages.count(Place.LOST),
     }

@@ -177,6 +177,41 @@ def test_finish_is_idempotent(memd: FakeMemd) -> None:
     assert memd.landing_rows_used == 3
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(20, dtype=np.int32),
+        np.arange(20, dtype=np.uint64),
+        np.arange(40)[::2],
+        np.arange(20).reshape(4, 5),
+        np.arange(40).reshape(4, 10)[:, ::2],
+    ],
+    ids=["int32", "uint64", "every other one", "two axes", "every other one of two axes"],
+)
+def test_rows_are_read_in_whichever_way_they_lie(memd: FakeMemd, rows: np.ndarray) -> None:
+    sealed(memd, 2)
+    ticket = memd.fetch(rows)
+    assert ticket is not None
+    assert memd.wait(ticket, 1.0)
+    assert memd.landed(ticket)[:, 0].tolist() == rows.reshape(-1).tolist()
+
+
+def test_a_fetch_keeps_its_rows_when_another_follows_before_memd_looks(memd: FakeMemd) -> None:
+    sealed(memd, 4)
+    memd.poll()
+    memd.hold()
+    asked = [np.arange(10), np.arange(40, 60), np.arange(90, 85, -1)]
+    tickets = [memd.fetch(rows) for rows in asked]
+    # The array is the caller's again as soon as the call returns.
+    for rows in asked:
+        rows += 1
+    memd.resume()
+    memd.poll()
+    for rows, ticket in zip(asked, tickets, strict=True):
+        assert ticket is not None
+        assert memd.landed(ticket)[:, 0].tolist() == (rows - 1).tolist()
+
+
 def test_fetching_no_row_is_done_at_once(memd: FakeMemd) -> None:
     ticket = memd.fetch(np.empty(0, dtype=np.int64))
     assert ticket is not None
@@ -186,7 +221,7 @@ def test_fetching_no_row_is_done_at_once(memd: FakeMemd) -> None:
     assert memd.num_unhandled == 0
 
 
-@pytest.mark.parametrize("rows", [[-1], [0, 8 * 24]])
+@pytest.mark.parametrize("rows", [[-1], [0, 8 * 24], [-(1 << 63)], [1 << 32], [0] * 300 + [-1]])
 def test_rows_outside_the_pages_are_a_callers_mistake(memd: FakeMemd, rows: list[int]) -> None:
     with pytest.raises(ValueError, match=r"rows are 0\.\.191"):
         memd.fetch(np.array(rows))

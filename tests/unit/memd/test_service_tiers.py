@@ -197,7 +197,7 @@ def test_more_pages_than_memory_are_kept_and_read(client: Daemon) -> None:
     stored = client.store_pages(5)
     assert stored == [0, 1, 2, 3, 4]
     found = client.client()
-    assert (found["pages_frozen"], found["pages_in_memory"], found["pages_on_disk"]) == (5, 2, 3)
+    assert (found["pages_frozen"], found["memory_pages"], found["disk_pages"]) == (5, 2, 3)
     assert allocated_bytes(client.fd) == (2 + LANDING_ROWS) * PAGE
     for first in range(4):
         assert isinstance(client.ask(Fetch, rows=rows(first, first + 1), landing_row=0), FetchReply)
@@ -240,7 +240,7 @@ def test_a_clients_requests_that_wait_keep_their_order(client: Daemon) -> None:
     # Page 1 is thawed and stays, and the new one stays, too.
     assert client.replies[keys[-1]].page_ids == [4]
     found = client.client()
-    assert (found["pages_in_memory"], found["pages_on_disk"]) == (2, 3)
+    assert (found["memory_pages"], found["disk_pages"]) == (2, 3)
 
 
 def test_pages_that_stay_leave_no_room_for_others(client: Daemon) -> None:
@@ -264,11 +264,11 @@ def test_a_page_that_rots_on_disk_is_lost_and_never_wrong(client: Daemon) -> Non
     refused = client.ask(Fetch, rows=rows(0, 2), landing_row=0)
     assert refused.code is ErrorCode.PAGE_LOST
     assert "page 0 did not come back" in refused.message
-    assert client.client()["pages_lost"] == 1
+    assert client.client()["lost_pages"] == 1
     assert isinstance(client.ask(Fetch, rows=rows(1), landing_row=0), FetchReply)
     assert client.ask(Thaw, page_ids=[0, 1]).lost == [0]
     assert isinstance(client.ask(Release, page_ids=[0]), ReleaseReply)
-    assert client.client()["pages_lost"] == 0
+    assert client.client()["lost_pages"] == 0
 
 
 def test_a_disk_that_cannot_be_read_loses_the_page(client: Daemon) -> None:
@@ -294,7 +294,7 @@ def test_a_thawed_page_may_be_written_and_frozen_again(client: Daemon) -> None:
     client.ask(Freeze, page_ids=[0])
     for page_id in (1, 2, 3):
         client.ask(Fetch, rows=rows(page_id), landing_row=0)
-    assert client.client()["pages_on_disk"] == 2
+    assert client.client()["disk_pages"] == 2
     client.ask(Fetch, rows=rows(0), landing_row=0)
     assert (client.landed(0) == 77).all()
 
@@ -356,7 +356,7 @@ def test_a_client_without_host_pages_has_all_of_them_in_memory(daemon: Daemon) -
     reply = daemon.hello(num_pages=3, host_pages=0)
     assert reply.host_pages == 3
     assert allocated_bytes(daemon.fd) == (3 + LANDING_ROWS) * PAGE
-    assert daemon.client()["pages_in_memory"] == 3
+    assert daemon.client()["memory_pages"] == 3
 
 
 def test_no_memory_of_a_client_is_seen_by_the_next(client: Daemon) -> None:
