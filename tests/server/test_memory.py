@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-PROMPT_TOKENS = 3_000
+PROMPT_TOKENS = 1_500
 NEW_TOKENS = 32
 STOCK_REQUESTS = 14
-STOCK_TOKENS = STOCK_REQUESTS * (PROMPT_TOKENS + NEW_TOKENS) + 400
+STOCK_TOKENS = STOCK_REQUESTS * (PROMPT_TOKENS + NEW_TOKENS) + 200
 # Share, how many times stock's requests, and the logical tokens to ask for as a multiple of stock's
 # (the policy's pools take fewer bytes for one; the test checks that all cost no more than stock's).
 GAINS = [(0.5, 1.7, 1.715), (0.3, 2.7, 2.75)]
-FLAGS = ("--context-length", "3072", "--max-running-requests", "48")
+FLAGS = ("--context-length", "1536", "--max-running-requests", "48")
 
 
 def peak_concurrency(server: Server, prompts: list[list[int]]) -> int:
@@ -73,7 +73,7 @@ def stock_peak(
 
 
 def prompts(reference: Reference, count: int) -> list[list[int]]:
-    return [reference.ids(PromptSpec("prose", PROMPT_TOKENS, 4_000 * i)) for i in range(count)]
+    return [reference.ids(PromptSpec("prose", PROMPT_TOKENS, 2_000 * i)) for i in range(count)]
 
 
 @pytest.mark.parametrize(("ratio", "gain", "tokens"), GAINS)
