@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import select
 import socket
 import time
@@ -35,6 +36,8 @@ __all__ = ["Attachments"]
 _LOG = logging.getLogger(__name__)
 
 _REST_S = 0.5
+# ZeroMQ ends the process when a client connects to the control socket and there is none left.
+_SPARE_DESCRIPTORS = 32
 
 
 @dataclasses.dataclass
@@ -143,7 +146,7 @@ class Attachments:
             return
         connection.setblocking(False)
         peer = peer_of(connection)
-        refusal = self._refusal(peer)
+        refusal = self._refusal(peer) or self._descriptors_refusal(connection)
         if refusal is not None:
             self._turn_away(connection, peer, *refusal)
             return
@@ -187,10 +190,25 @@ class Attachments:
             )
         return None
 
+    @staticmethod
+    def _descriptors_refusal(connection: socket.socket) -> tuple[ErrorCode, str] | None:
+        """Why there are too few descriptors for another process; None if there are enough.
+
+        The kernel gives the lowest number that is free.
+        """
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if connection.fileno() < limit - _SPARE_DESCRIPTORS:
+            return None
+        return (
+            ErrorCode.PEER_REFUSED,
+            f"memd has {limit} descriptors at most and too few of them left; raise "
+            "RLIMIT_NOFILE (systemd: LimitNOFILE, shell: ulimit -n)",
+        )
+
     def _turn_away(
         self, connection: socket.socket, peer: Peer, code: ErrorCode, reason: str
     ) -> None:
-        # Whoever comes during a drain may as well only want to look (`memd status`).
+        # That memd is ending is nothing to complain of.
         if code is not ErrorCode.DRAINING:
             counters = self._service.metrics.counters
             counters.peers_refused += 1

@@ -68,13 +68,15 @@ if TYPE_CHECKING:
     from memd.tiers import ClientTier, Tiers
     from memd.transfer import Transfer
 
-__all__ = ["MAX_FETCHES_IN_FLIGHT", "Service"]
+__all__ = ["MAX_FETCHES_IN_FLIGHT", "MAX_PAGES_PER_CLIENT", "Service"]
 
 _LOG = logging.getLogger(__name__)
 
 # Some 3 ms of zeroing, or of taking memory.
 _SLICE_BYTES = 16 << 20
 _TIER_CHECK_S = 10.0
+MAX_PAGES_PER_CLIENT = 1 << 22
+"""So that a look at all of them takes milliseconds; pages of 1 MiB would be 4 TiB."""
 MAX_FETCHES_IN_FLIGHT = 4096
 """Of one client; bounds what an asker that never waits can make memd remember."""
 
@@ -466,6 +468,12 @@ class Service:
                 ErrorCode.OUT_OF_RANGE,
                 f"landing_bytes must be a multiple of row_bytes ({layout.row_bytes}), "
                 f"got {request.landing_bytes}",
+            )
+        if request.num_pages > MAX_PAGES_PER_CLIENT:
+            raise Refused(
+                ErrorCode.QUOTA,
+                f"a client may have {MAX_PAGES_PER_CLIENT} pages, got {request.num_pages}; choose "
+                f"larger page_tokens",
             )
         host_pages = self._host_pages(request)
         wanted = layout.page_bytes * host_pages + request.landing_bytes

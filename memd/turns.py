@@ -94,22 +94,28 @@ class WaitingRoom(Generic[Result]):
     def step(self) -> Turn[Result] | None:
         """Let one connection's first request go on; that request, if it is over now."""
         for connection, queue in self._queues.items():
-            turn = queue[0]
-            if turn.is_asleep:
-                continue
-            if not turn.go_on():
-                self._queues.move_to_end(connection)
-                return None
-            queue.popleft()
+            if not queue[0].is_asleep:
+                return self._let_go_on(connection, queue)
+        return None
+
+    def _let_go_on(self, connection: bytes, queue: deque[Turn[Result]]) -> Turn[Result] | None:
+        # Out of the queue meanwhile: it may be a goodbye, which cancels what waits behind it.
+        turn = queue.popleft()
+        is_over = turn.go_on()
+        is_cancelled = self._queues.get(connection) is not queue
+        if not is_over and not is_cancelled:
+            queue.appendleft(turn)
+        elif not is_over:
+            turn.give_up()
+        if not is_cancelled:
             if queue:
                 self._queues.move_to_end(connection)
             else:
                 del self._queues[connection]
-            return turn
-        return None
+        return turn if is_over else None
 
     def cancel(self, connection: bytes) -> list[Turn[Result]]:
-        """Forget a connection's requests; they end where they are.
+        """Forget a connection's requests; they end where they are, but for one that asks for it.
 
         Returns:
             Them, in their order.

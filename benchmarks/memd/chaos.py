@@ -27,7 +27,10 @@ def main() -> int:
     console.print(f"chaos with seed {options.seed} for {options.minutes:g} minutes")
     described = machine.describe()
     plan = Plan(
-        seed=options.seed, duration_s=60 * options.minutes, calm_every_s=options.calm_every_s
+        seed=options.seed,
+        duration_s=60 * options.minutes,
+        calm_every_s=options.calm_every_s,
+        disk_bytes=0 if options.no_disk else Plan.disk_bytes,
     )
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         report = Chaos(plan, Path(directory)).run()
@@ -45,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--calm-every-s", type=float, default=60.0, help="time between measures")
+    parser.add_argument("--no-disk", action="store_true", help="daemons without a disk below")
     parser.add_argument("--out", type=Path, help="result file")
     return parser.parse_args()
 
@@ -61,6 +65,9 @@ def table(report: Report) -> Table:
         "stopped for a while": summary["events_by_kind"].get("pause", 0),
         "registrations": report.counts["worker: registrations"],
         "rows verified": report.counts["worker: rows_verified"],
+        "pages that went to disk": report.memd_disk.get("puts", 0),
+        "pages that came back": report.memd_disk.get("gets", 0),
+        "pages that came back wrong, and were refused": report.memd_disk.get("corrupt", 0),
         "hostile frames answered": report.counts["vandal: frames_answered"],
         "requests between first and last calm": report.num_requests,
         "heap grown between them, bytes": report.private_growth_bytes,

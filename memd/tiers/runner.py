@@ -1,7 +1,7 @@
 """Where pages are written and read: a thread of its own, so that nobody else waits for a disk.
 
 The control thread hands over a job, is woken when it is done, and does the books. Jobs run one
-after the other in the order in which they came. The thread starts with the first of them.
+after the other in the order in which they came.
 
 A disk that never answers keeps the thread, and whoever waits for its pages, but not the daemon.
 """
@@ -74,7 +74,10 @@ class ThreadRunner:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ThreadRunner:
-        """The runner."""
+        """The runner, with its thread."""
+        # A daemon thread: one that waits for a dead disk must not keep the process.
+        self._thread = threading.Thread(target=self._work, name="memd-disk", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -83,10 +86,6 @@ class ThreadRunner:
 
     def __call__(self, job: Job) -> Running:
         """Have a job run; returns at once."""
-        if self._thread is None:
-            # A daemon thread: one that waits for a dead disk must not keep the process.
-            self._thread = threading.Thread(target=self._work, name="memd-disk", daemon=True)
-            self._thread.start()
         running = Running(job)
         self._jobs.put(running)
         return running

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import resource
 import signal
+import stat
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.probe import Probe
@@ -14,13 +18,15 @@ from tests.chaos.processes import Child
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+    import numpy as np
 
 __all__ = ["Daemon", "Outage"]
 
 _START_BOUND_S = 60.0
 _STOP_BOUND_S = 10.0
 _STATS_BOUND_S = 10.0
+_SPOILT_PLACES = 40
 
 # A daemon keeps what it frees, up to a bound of many megabytes. Without that, and with a C library
 # that gives long blocks back at once, what is kept is a leak.
@@ -53,6 +59,7 @@ class Daemon:
         directory: Where its sockets' directory, output and log go.
         name: For files and messages.
         num_bytes: Size of the region.
+        disk_bytes: Size of the disk below it, 0 for none.
         prelude: Python that runs in the daemon first; a test of the harness breaks it this way.
         arguments: Further ones of ``memd serve``.
 
@@ -72,6 +79,7 @@ class Daemon:
         name: str,
         *,
         num_bytes: int,
+        disk_bytes: int = 0,
         prelude: str = "",
         arguments: Sequence[str] = (),
     ) -> None:
@@ -85,6 +93,9 @@ class Daemon:
         code = f"{_SHOW_STACKS}\n{_KEEP_NOTHING}\n{prelude}\n{_SERVE}"
         self._command = [sys.executable, "-c", code, "serve", "--address", self.address]
         self._command += ["--bytes", str(num_bytes), "--parent-pid", str(os.getpid()), *arguments]
+        self._disk_bytes = disk_bytes
+        if disk_bytes:
+            self._command += ["--disk-dir", str(directory), "--disk-bytes", str(disk_bytes)]
 
     def __enter__(self) -> Daemon:
         """The daemon, ready."""
@@ -174,6 +185,26 @@ class Daemon:
         self.outages.append(Outage(is_death=True, begin=time.monotonic()))
         self._drop_probe()
         self.child.close()
+
+    def cut_disk(self) -> None:
+        """Let every write to its disk fail, for as long as it lives."""
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(self.child.pid, resource.RLIMIT_FSIZE, (0, 0))
+
+    def spoil_disk(self, rng: np.random.Generator) -> bool:
+        """Flip a bit in each of many places of its disk; False if it has none (yet)."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for entry in Path(f"/proc/{self.child.pid}/fd").iterdir():
+                found = entry.stat()
+                is_disk = stat.S_ISREG(found.st_mode) and found.st_nlink == 0
+                # The region is an unlinked file, too, but of a larger size.
+                if is_disk and found.st_size == self._disk_bytes:
+                    with entry.open("r+b", buffering=0) as file:
+                        for offset in rng.integers(found.st_size, size=_SPOILT_PLACES).tolist():
+                            byte = os.pread(file.fileno(), 1, offset)
+                            os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << offset % 8]), offset)
+                    return True
+        return False
 
     def restart(self) -> None:
         """Start, at first or after ``kill``; ``is_ready`` tells when it serves."""

@@ -49,11 +49,13 @@ _MAX_DEATH_S = 1.0
 
 # Kinds of faults and how often they are, on the whole; those that find no victim do nothing.
 _FAULTS = {
-    "kill a process": 0.40,
+    "kill a process": 0.35,
     "pause a process": 0.35,
     "ask to leave": 0.10,
     "pause a daemon": 0.10,
     "kill a daemon": 0.05,
+    "spoil a disk": 0.04,
+    "cut a disk": 0.01,
 }
 
 
@@ -140,7 +142,13 @@ class Chaos:
 
     def _daemon(self, name: str) -> Daemon:
         plan = self._plan
-        return Daemon(self._directory, name, num_bytes=plan.region_bytes, prelude=plan.prelude)
+        return Daemon(
+            self._directory,
+            name,
+            num_bytes=plan.region_bytes,
+            disk_bytes=plan.disk_bytes,
+            prelude=plan.prelude,
+        )
 
     def _storm(self) -> None:
         """Faults and calms until the time is over or something does not hold."""
@@ -193,6 +201,15 @@ class Chaos:
             self._mortal.kill()
             self._judge.daemon_died(self._mortal)
             self._restart_at = time.monotonic() + fault.strength * _MAX_DEATH_S
+
+        elif fault.kind == "spoil a disk" and self._plan.disk_bytes:
+            places = np.random.default_rng(int(fault.strength * 2**53))
+            if daemon.spoil_disk(places):
+                self._report.tell("spoil", name=daemon.name)
+        elif fault.kind == "cut a disk" and self._plan.disk_bytes and self._mortal.is_up:
+            # Not the survivor's: it would have none from then on.
+            self._report.tell("cut", name=self._mortal.name)
+            self._mortal.cut_disk()
 
     def _recruit(self, now: float) -> None:
         """Replace who is gone, after a while."""
@@ -329,6 +346,7 @@ class Chaos:
             stats, footprint = answer.stats, Footprint.of(daemon.child.pid)
             region = stats["region"]
             is_free = region["free_bytes"] == region["bytes"] and not stats["clients"]
+            is_free &= not stats.get("disk", {}).get("pages")
             # Connections that were left are closed by ZeroMQ's own thread, a little later.
             if is_free and previous is not None and footprint.num_fds == previous.num_fds:
                 break
@@ -337,6 +355,7 @@ class Chaos:
                 self._judge.violate(f"{daemon.name} does not come to rest: {stats}, {footprint}")
                 return
         self._report.memd_errors = stats["errors"]
+        self._report.memd_disk = stats.get("disk", {})
         self._judge.calm(
             Calm(
                 at_s=self._report.elapsed_s(),

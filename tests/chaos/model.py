@@ -40,6 +40,7 @@ from memd.protocol import (
     ThawReply,
     decode_request,
 )
+from memd.service import MAX_PAGES_PER_CLIENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -212,6 +213,8 @@ class Model:
             return _refusal(hello, ErrorCode.UNKNOWN_SESSION)
         if self.sessions[hello.session] or connection in self.clients:
             return _refusal(hello, ErrorCode.ALREADY_REGISTERED)
+        if hello.num_pages > MAX_PAGES_PER_CLIENT:
+            return _refusal(hello, ErrorCode.QUOTA)
         if hello.landing_bytes % hello.layout.row_bytes:
             return _refusal(hello, ErrorCode.OUT_OF_RANGE)
         # Whether there is room depends on where the others lie, which is memd's choice.

@@ -32,6 +32,7 @@ class Plan:
         num_workers: Workers of each daemon.
         num_vandals: Vandals of each daemon.
         region_bytes: Region of each daemon.
+        disk_bytes: Disk below each daemon, 0 for none.
         faults_per_s: Faults that are injected, on average.
         prelude: Python that both daemons run first, to break them; for tests of the harness.
     """
@@ -43,6 +44,7 @@ class Plan:
     num_workers: int = 3
     num_vandals: int = 1
     region_bytes: int = 32 << 20
+    disk_bytes: int = 32 << 20
     faults_per_s: float = 4.0
     prelude: str = ""
 
@@ -79,6 +81,7 @@ class Report:
         reclaim_s: Times from a client's death until memd had let it go.
         calms: Footprints.
         memd_errors: Refused requests by code, of the survivor.
+        memd_disk: What the survivor's disk counted; empty without one.
         began_at: Monotonic seconds; times in events are monotonic too.
     """
 
@@ -90,6 +93,7 @@ class Report:
     reclaim_s: list[float] = dataclasses.field(default_factory=list)
     calms: list[Calm] = dataclasses.field(default_factory=list)
     memd_errors: dict[str, int] = dataclasses.field(default_factory=dict)
+    memd_disk: dict[str, Any] = dataclasses.field(default_factory=dict)
     began_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def elapsed_s(self, at: float | None = None) -> float:
@@ -118,7 +122,7 @@ class Report:
             f"chaos with seed {self.plan.seed} found:",
             *(f"  - {violation}" for violation in self.violations),
             f"replay: python -m benchmarks.memd.chaos --seed {self.plan.seed} "
-            f"--minutes {minutes:.2f}",
+            f"--minutes {minutes:.2f}{'' if self.plan.disk_bytes else ' --no-disk'}",
             f"the last of {len(self.events)} events:",
             *(f"  {event}" for event in self._timed_events()[-_MAX_EVENTS_TOLD:]),
         ]
@@ -145,6 +149,7 @@ class Report:
                 "private_growth_bytes": self.private_growth_bytes,
                 "private_growth_bound_bytes": PRIVATE_GROWTH_BYTES,
                 "refused_by_code": self.memd_errors,
+                "disk": self.memd_disk,
                 "calms": [dataclasses.asdict(calm) for calm in self.calms],
             },
             "events": self._timed_events(),

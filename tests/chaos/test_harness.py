@@ -58,6 +58,15 @@ def miscount(self, page_ids):
 PageTable.commit = miscount
 """
 
+WRONG_FROM_DISK = """
+from memd.tiers.disk import GetJob
+run = GetJob.run
+def misread(self):
+    run(self)
+    self.into[5] ^= 1
+GetJob.run = misread
+"""
+
 
 @pytest.mark.parametrize(
     ("prelude", "finding"),
@@ -69,11 +78,19 @@ PageTable.commit = miscount
         ),
         pytest.param(MEMORY_LEAK, "heap has grown", id="a leak of memory"),
         pytest.param(DESCRIPTOR_LEAK, "num_fds of the survivor was", id="a leak of descriptors"),
+        pytest.param(WRONG_FROM_DISK, "wrong rows", id="a wrong byte from disk"),
         pytest.param(BROKEN_BOOKS, "integrity|pages that cannot be", id="broken books"),
     ],
 )
 def test_a_broken_daemon_is_found_out(prelude: str, finding: str) -> None:
-    plan = Plan(seed=1, duration_s=30.0, warm_up_s=2.0, calm_every_s=5.0, prelude=prelude)
+    plan = Plan(
+        seed=1,
+        duration_s=30.0,
+        warm_up_s=2.0,
+        calm_every_s=5.0,
+        disk_bytes=Plan.disk_bytes if prelude == WRONG_FROM_DISK else 0,
+        prelude=prelude,
+    )
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         report = Chaos(plan, Path(name)).run()
     assert re.search(finding, "\n".join(report.violations)), report.failure()

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from memd.client import FetchTicket, ReserveTicket
+    from memd.client import FetchTicket, ReserveTicket, ThawTicket
 
 __all__ = ["Program", "main"]
 
 _HEADS, _HEAD_DIMS, _PAGE_TOKENS = (1, 3, 8), (16, 32, 64), (4, 16, 64)
 _DTYPES = ("float16", "bfloat16", "float32")
+_BLOCK_BYTES = 4096
 _EXTENT_BYTES = (64 << 10, 12 << 20)
 _LANDING_ROWS = (16, 2048)
 # The impatient lose a memd that is stopped for a moment; the patient never do.
@@ -111,6 +112,8 @@ class Program:
         self._num_written = np.zeros(client.num_pages, dtype=np.int64)
         self._reserved: set[int] = set()
         self._sealed: set[int] = set()
+        self._frozen: set[int] = set()
+        self._thaws: list[ThawTicket] = []
         self._reservation: Reservation | None = None
         self._flights: list[Flight] = []
         self._dropped: list[FetchTicket] = []
@@ -121,6 +124,8 @@ class Program:
             self._fetch: 20,
             self._fetch_and_release: 2,
             self._fetch_unsealed: 1,
+            self._freeze: 10,
+            self._thaw: 2,
             self._release: 3,
             self._exhaust_ring: 0.3,
             self._cancel: 0.5,
@@ -133,6 +138,9 @@ class Program:
     def check_clean(self) -> None:
         """A new extent holds no byte of anybody."""
         for name, array in (("pages", self._client.pages), ("landing", self._client.landing)):
+            if name == "pages" and self._client.has_disk:
+                # Looking at a page without memory gives it some; they are looked at when they have.
+                continue
             if array.any():
                 raise Violation(f"a new client's {name} hold {np.count_nonzero(array)} old bytes")
 
@@ -145,6 +153,7 @@ class Program:
 
     def check_lost(self) -> None:
         """After the loss every ticket is done, memory is intact, and calls do nothing."""
+        self._require(all(thaw.is_done for thaw in self._thaws), "a thaw is open after the loss")
         for flight in self._flights:
             self._require(flight.ticket.is_done, "a fetch is open after the loss of memd")
             if flight.ticket.error is None:
@@ -156,14 +165,15 @@ class Program:
         found = differences(self._memory()[rows], self._expected(rows), self._owner)
         self._require(found is None, f"own pages after the loss of memd: {found}")
         self._require(self._client.fetch(rows[:1]) is None or not len(rows), "a fetch after loss")
-        self._client.release(sorted(self._sealed))
+        self._client.release(sorted(self._sealed | self._frozen))
         self._client.check_integrity()
 
     def leave(self) -> None:
         """Give back some of it, let the rest go with the goodbye."""
         if self._rng.random() < 0.5:
-            self._client.release(sorted(self._sealed))
+            self._client.release(sorted(self._sealed | self._frozen))
             self._sealed.clear()
+            self._frozen.clear()
         for flight in self._flights:
             self._client.finish(flight.ticket)
         self._flights.clear()
@@ -177,13 +187,22 @@ class Program:
                 self._require(not self._client.is_alive, f"a reservation failed: {error}")
             elif not reservation.ticket.is_cancelled:
                 self._on_reserved(reservation)
+        thaws, self._thaws = self._thaws, []
+        for thaw in thaws:
+            if thaw.is_done:
+                self._on_thawed(thaw)
+            else:
+                self._thaws.append(thaw)
         self._dropped = [ticket for ticket in self._dropped if not ticket.is_done]
         flying = []
         for flight in self._flights:
             if not flight.ticket.is_done:
                 flying.append(flight)
-            elif flight.ticket.error is not None:
-                self._require(not self._client.is_alive, f"a fetch failed: {flight.ticket.error}")
+            elif (error := flight.ticket.error) is not None:
+                reason = error.split(":")[0]
+                is_of_disk = self._client.has_disk and reason in ("page_lost", "no_room")
+                self._require(is_of_disk or not self._client.is_alive, f"a fetch failed: {error}")
+                self._counts[f"fetches: {reason}"] += is_of_disk
                 self._client.finish(flight.ticket)
             elif flight.steps_held > 0:
                 flight.steps_held -= 1
@@ -206,21 +225,69 @@ class Program:
         )
         ids = set(ticket.page_ids.tolist())
         self._require(len(ids) == ticket.num_pages, "another number of pages than asked for")
-        self._require(not ids & (self._reserved | self._sealed), "a page was given twice")
+        self._require(not ids & self._held, "a page was given twice")
+        if self._client.has_disk:
+            self._check_new(ticket.page_ids)
         self._num_written[ticket.page_ids] = 0
         self._reserved |= ids
         self._counts["pages_reserved"] += len(ids)
+
+    @property
+    def _held(self) -> set[int]:
+        return self._reserved | self._sealed | self._frozen
+
+    def _check_new(self, page_ids: npt.NDArray[np.int64]) -> None:
+        """Pages that were reserved hold zeros, or this client's own rows."""
+        size = self._layout.rows_per_page
+        rows = (page_ids[:, None] * size + np.arange(size)).ravel()
+        rows = rows[self._memory()[rows].any(axis=1)]
+        owners = set(self._memory()[rows].view(np.uint64)[:, 0].tolist())
+        self._require(owners <= {self._owner}, f"new pages hold rows of {owners}")
+
+    def _on_thawed(self, thaw: ThawTicket) -> None:
+        """The pages may be written again, but for those that are lost."""
+        if thaw.error is not None:
+            reason = thaw.error.split(":")[0]
+            # Pages that were released meanwhile are not thawed, nor are the others then.
+            is_fair = reason in ("no_room", "wrong_state") or not self._client.is_alive
+            self._require(is_fair, f"a thaw failed: {thaw.error}")
+            return
+        assert thaw.lost is not None
+        thawed = set(thaw.page_ids.tolist()) & self._frozen
+        lost = thawed & set(thaw.lost.tolist())
+        self._frozen -= thawed
+        self._sealed |= thawed - lost
+        self._client.release(sorted(lost))
+        self._counts["pages_lost"] += len(lost)
+        self._counts["pages_thawed"] += len(thawed)
+        rows = self._written_rows(thawed - lost)
+        found = differences(self._memory()[rows], self._expected(rows), self._owner)
+        self._require(found is None, f"thawed pages hold {found}")
+
+    def _freeze(self) -> None:
+        pages = self._some(self._sealed)
+        self._client.freeze(pages, [int(page) for page in pages])
+        self._sealed -= set(pages)
+        self._frozen |= set(pages)
+        self._counts["pages_frozen"] += len(pages)
+
+    def _thaw(self) -> None:
+        pages = self._some(self._frozen)[:3]
+        busy = {page for thaw in self._thaws for page in thaw.page_ids.tolist()}
+        if pages and not busy & set(pages):
+            self._thaws.append(self._client.thaw(pages))
 
     def _reserve(self) -> None:
         if self._reservation is not None:
             return
         # memd handles this after everything that was sent before, so what is free then is known.
-        free = self._client.num_pages - len(self._reserved) - len(self._sealed)
+        free = self._client.num_pages - len(self._held)
         wish = int(self._rng.choice([1, 2, 4, free, free + 1], p=[0.4, 0.3, 0.2, 0.05, 0.05]))
         is_reading = bool(self._dropped) or not all(f.ticket.is_done for f in self._flights)
         self._reservation = Reservation(
             self._client.reserve(wish),
-            must_fit=wish <= free and not is_reading,
+            # Above a disk, pages that are not frozen may take all of the memory.
+            must_fit=wish <= free and not is_reading and not self._client.has_disk,
             may_fit=wish <= free,
         )
 
@@ -241,20 +308,20 @@ class Program:
                 self._write(page, int(self._rng.integers(written, self._layout.page_tokens)) + 1)
 
     def _fetch(self) -> None:
-        pages = self._some(self._sealed)
+        pages = self._some(self._sealed | self._frozen)
         if pages:
             self._fetch_rows(self._random_rows(pages, int(self._rng.integers(1, 400))))
 
     def _fetch_and_release(self) -> None:
         """Release a page right behind a fetch that reads it: memd answers in order."""
-        pages = self._some(self._sealed)[:2]
+        pages = self._some(self._sealed | self._frozen)[:2]
         if pages:
             self._fetch_rows(self._random_rows(pages, 50))
             self._give_back(pages)
 
     def _fetch_unsealed(self) -> None:
         everything = set(range(self._client.num_pages))
-        pages = self._some(everything - self._sealed)[:1]
+        pages = self._some(everything - self._sealed - self._frozen)[:1]
         if not pages:
             return
         ticket = self._client.fetch(np.array(pages) * self._layout.rows_per_page)
@@ -271,7 +338,7 @@ class Program:
         self._counts["fetches_refused"] += 1
 
     def _release(self) -> None:
-        self._give_back(self._some(self._reserved | self._sealed))
+        self._give_back(self._some(self._held))
 
     def _exhaust_ring(self) -> None:
         pages = self._some(self._sealed)
@@ -322,6 +389,7 @@ class Program:
         self._client.release(pages)
         self._reserved -= set(pages)
         self._sealed -= set(pages)
+        self._frozen -= set(pages)
         self._counts["pages_released"] += len(pages)
 
     def _write(self, page: int, num_tokens: int) -> None:
@@ -419,11 +487,15 @@ def _connect(
         page_tokens=int(rng.choice(_PAGE_TOKENS)),
     )
     num_bytes = np.exp(rng.uniform(*np.log(_EXTENT_BYTES)))
+    num_pages = max(1, int(num_bytes / layout.page_bytes))
+    # Most of those that can have a part of their pages on disk, where the daemon has one.
+    can_leave = layout.page_bytes % _BLOCK_BYTES == 0 and rng.random() < 0.7
     try:
         client = MemdClient.connect(
             address,
             layout,
-            num_pages=max(1, int(num_bytes / layout.page_bytes)),
+            num_pages=num_pages,
+            host_pages=max(1, int(num_pages * rng.uniform(0.02, 0.3))) if can_leave else 0,
             landing_rows=int(rng.integers(*_LANDING_ROWS)),
             deadline_s=deadline_s,
             name=f"worker {os.getpid()}",

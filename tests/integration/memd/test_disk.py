@@ -213,7 +213,7 @@ sys.stdin.read()
 
 
 def test_two_clients_cannot_be_promised_the_same_disk(daemon: MemdProcess) -> None:
-    with connect(daemon), pytest.raises(PoolFull, match="bytes of disk"):
+    with connect(daemon), pytest.raises(PoolFull, match="of disk"):
         connect(daemon, num_pages=90)
 
 

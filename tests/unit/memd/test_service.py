@@ -294,6 +294,71 @@ def test_bytes_of_one_client_are_gone_before_the_next_gets_them(client: Daemon) 
     assert client.service.stats()["counters"]["bytes_zeroed"] >= 4 * LAYOUT.page_bytes
 
 
+def test_requests_behind_a_hello_that_waits_have_their_turn_after_it(client: Daemon) -> None:
+    client.service.close_session(client.session, "test")
+    session = client.service.open_session(6)
+    # All of the region is to be zeroed first.
+    hello = Hello(
+        request_id=0,
+        version=PROTOCOL_VERSION,
+        session=session,
+        pid=6,
+        layout=LAYOUT,
+        num_pages=(REGION_BYTES - 4096) // LAYOUT.page_bytes,
+        landing_bytes=0,
+    )
+    requests = [
+        hello,
+        Reserve(request_id=1, num_pages=2),
+        Commit(request_id=2, page_ids=[0, 1]),
+        Ping(request_id=3),
+        Fetch(request_id=4, rows=b"", landing_row=0),
+        Goodbye(request_id=5),
+        Release(request_id=6, page_ids=[0]),
+    ]
+    replies = [client.service.handle(b"d", encode(request)) for request in requests]
+    answered = [decode_reply(reply) for reply in replies if reply is not None]
+    while client.service.has_work:
+        answered += [decode_reply(reply) for _, reply in client.service.step()]
+    # A ping waits for nothing, and nothing is done behind a goodbye.
+    assert [(type(reply), reply.request_id) for reply in answered] == [
+        (Pong, 3),
+        (HelloReply, 0),
+        (ReserveReply, 1),
+        (CommitReply, 2),
+        (FetchReply, 4),
+        (ErrorReply, 6),
+        (GoodbyeReply, 5),
+    ]
+    assert client.service.stats()["integrity"] == "ok"
+    assert not client.service.stats()["clients"]
+
+
+def test_a_process_that_ends_while_its_hello_waits_leaves_nothing(client: Daemon) -> None:
+    client.service.close_session(client.session, "test")
+    session = client.service.open_session(6)
+    hello = Hello(
+        request_id=0,
+        version=PROTOCOL_VERSION,
+        session=session,
+        pid=6,
+        layout=LAYOUT,
+        num_pages=(REGION_BYTES - 4096) // LAYOUT.page_bytes,
+        landing_bytes=0,
+    )
+    assert client.service.handle(b"d", encode(hello)) is None
+    assert client.service.handle(b"d", encode(Reserve(request_id=1, num_pages=1))) is None
+    client.service.close_session(session, "test")
+    replies = [decode_reply(reply) for _, reply in client.service.step()]
+    assert [(type(reply), reply.request_id) for reply in replies] == [
+        (ErrorReply, 0),
+        (ErrorReply, 1),
+    ]
+    while client.service.tidy(1 << 20):
+        pass
+    assert client.service.stats()["region"]["free_bytes"] == REGION_BYTES
+
+
 def test_scrub_says_when_it_is_through(client: Daemon) -> None:
     assert not client.service.scrub(4096)
     client.service.close_session(client.session, "test")

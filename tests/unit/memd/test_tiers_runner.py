@@ -41,11 +41,6 @@ def test_jobs_run_in_their_order_on_another_thread_and_say_so() -> None:
     assert "memd-disk" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_runner_without_work_has_no_thread() -> None:
-    with ThreadRunner(lambda: None):
-        assert "memd-disk" not in {thread.name for thread in threading.enumerate()}
-
-
 @pytest.mark.parametrize("on_thread", [False, True])
 def test_an_error_that_nobody_expected_ends_the_job_only(
     on_thread: bool, caplog: pytest.LogCaptureFixture
@@ -64,7 +59,7 @@ def test_a_disk_that_does_not_answer_keeps_nobody_from_ending(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gate = threading.Event()
-    runner = ThreadRunner(lambda: None, end_wait_s=0.01)
+    runner = ThreadRunner(lambda: None, end_wait_s=0.01).__enter__()
     running = runner(Note(gate))
     begin = time.monotonic()
     assert not runner.close()
