@@ -26,7 +26,7 @@ __all__ = ["Daemon", "Outage"]
 _START_BOUND_S = 60.0
 _STOP_BOUND_S = 10.0
 _STATS_BOUND_S = 10.0
-_SPOILT_PLACES = 40
+_SPOILT_PLACES = 400
 
 # A daemon keeps what it frees, up to a bound of many megabytes. Without that, and with a C library
 # that gives long blocks back at once, what is kept is a leak.

@@ -50,11 +50,11 @@ _MAX_DEATH_S = 1.0
 # Kinds of faults and how often they are, on the whole; those that find no victim do nothing.
 _FAULTS = {
     "kill a process": 0.35,
-    "pause a process": 0.35,
+    "pause a process": 0.27,
     "ask to leave": 0.10,
     "pause a daemon": 0.10,
     "kill a daemon": 0.05,
-    "spoil a disk": 0.04,
+    "spoil a disk": 0.12,
     "cut a disk": 0.01,
 }
 

@@ -44,7 +44,7 @@ class Plan:
     num_workers: int = 3
     num_vandals: int = 1
     region_bytes: int = 32 << 20
-    disk_bytes: int = 32 << 20
+    disk_bytes: int = 8 << 20
     faults_per_s: float = 4.0
     prelude: str = ""
 

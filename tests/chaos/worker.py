@@ -113,7 +113,8 @@ class Program:
         self._reserved: set[int] = set()
         self._sealed: set[int] = set()
         self._frozen: set[int] = set()
-        self._thaws: list[ThawTicket] = []
+        # With the pages that were not released since.
+        self._thaws: list[tuple[ThawTicket, set[int]]] = []
         self._reservation: Reservation | None = None
         self._flights: list[Flight] = []
         self._dropped: list[FetchTicket] = []
@@ -126,6 +127,7 @@ class Program:
             self._fetch_unsealed: 1,
             self._freeze: 10,
             self._thaw: 2,
+            self._store_a_prompt: 4,
             self._release: 3,
             self._exhaust_ring: 0.3,
             self._cancel: 0.5,
@@ -153,7 +155,7 @@ class Program:
 
     def check_lost(self) -> None:
         """After the loss every ticket is done, memory is intact, and calls do nothing."""
-        self._require(all(thaw.is_done for thaw in self._thaws), "a thaw is open after the loss")
+        self._require(all(thaw.is_done for thaw, _ in self._thaws), "a thaw is open after the loss")
         for flight in self._flights:
             self._require(flight.ticket.is_done, "a fetch is open after the loss of memd")
             if flight.ticket.error is None:
@@ -188,11 +190,11 @@ class Program:
             elif not reservation.ticket.is_cancelled:
                 self._on_reserved(reservation)
         thaws, self._thaws = self._thaws, []
-        for thaw in thaws:
+        for thaw, pages in thaws:
             if thaw.is_done:
-                self._on_thawed(thaw)
+                self._on_thawed(thaw, pages)
             else:
-                self._thaws.append(thaw)
+                self._thaws.append((thaw, pages))
         self._dropped = [ticket for ticket in self._dropped if not ticket.is_done]
         flying = []
         for flight in self._flights:
@@ -244,7 +246,7 @@ class Program:
         owners = set(self._memory()[rows].view(np.uint64)[:, 0].tolist())
         self._require(owners <= {self._owner}, f"new pages hold rows of {owners}")
 
-    def _on_thawed(self, thaw: ThawTicket) -> None:
+    def _on_thawed(self, thaw: ThawTicket, pages: set[int]) -> None:
         """The pages may be written again, but for those that are lost."""
         if thaw.error is not None:
             reason = thaw.error.split(":")[0]
@@ -253,7 +255,7 @@ class Program:
             self._require(is_fair, f"a thaw failed: {thaw.error}")
             return
         assert thaw.lost is not None
-        thawed = set(thaw.page_ids.tolist()) & self._frozen
+        thawed = pages & self._frozen
         lost = thawed & set(thaw.lost.tolist())
         self._frozen -= thawed
         self._sealed |= thawed - lost
@@ -271,11 +273,31 @@ class Program:
         self._frozen |= set(pages)
         self._counts["pages_frozen"] += len(pages)
 
+    def _store_a_prompt(self) -> None:
+        """Fill pages one after the other and freeze them, so that others have to leave."""
+        for depth in range(int(self._rng.integers(1, 16))):
+            if self._reservation is not None or not self._client.has_disk:
+                return
+            reserved = self._client.reserve(1)
+            self._client.wait(reserved, _WAIT_S)
+            if not reserved.is_done:
+                self._client.cancel(reserved)
+            if reserved.page_ids is None or not reserved.is_done:
+                return
+            self._on_reserved(Reservation(reserved, must_fit=False, may_fit=True))
+            (page,) = reserved.page_ids.tolist()
+            self._salts[page] = self._rng.integers(2**64, dtype=np.uint64)
+            self._write(page, self._layout.page_tokens)
+            self._client.commit([page])
+            self._client.freeze([page], [depth])
+            self._reserved.remove(page)
+            self._frozen.add(page)
+
     def _thaw(self) -> None:
         pages = self._some(self._frozen)[:3]
-        busy = {page for thaw in self._thaws for page in thaw.page_ids.tolist()}
+        busy = {page for _, asked in self._thaws for page in asked}
         if pages and not busy & set(pages):
-            self._thaws.append(self._client.thaw(pages))
+            self._thaws.append((self._client.thaw(pages), set(pages)))
 
     def _reserve(self) -> None:
         if self._reservation is not None:
@@ -286,9 +308,10 @@ class Program:
         is_reading = bool(self._dropped) or not all(f.ticket.is_done for f in self._flights)
         self._reservation = Reservation(
             self._client.reserve(wish),
-            # Above a disk, pages that are not frozen may take all of the memory.
+            # Above a disk, pages that are not frozen may take all of the memory, and while this
+            # waits for room others may be released.
             must_fit=wish <= free and not is_reading and not self._client.has_disk,
-            may_fit=wish <= free,
+            may_fit=wish <= free or self._client.has_disk,
         )
 
     def _write_and_commit(self) -> None:
@@ -390,6 +413,8 @@ class Program:
         self._reserved -= set(pages)
         self._sealed -= set(pages)
         self._frozen -= set(pages)
+        for _, asked in self._thaws:
+            asked -= set(pages)
         self._counts["pages_released"] += len(pages)
 
     def _write(self, page: int, num_tokens: int) -> None:
@@ -495,7 +520,7 @@ def _connect(
             address,
             layout,
             num_pages=num_pages,
-            host_pages=max(1, int(num_pages * rng.uniform(0.02, 0.3))) if can_leave else 0,
+            host_pages=min(num_pages, int(rng.integers(2, 12))) if can_leave else 0,
             landing_rows=int(rng.integers(*_LANDING_ROWS)),
             deadline_s=deadline_s,
             name=f"worker {os.getpid()}",
