@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memd.commands.command import EXIT_OK, EXIT_REFUSED, Command
@@ -26,6 +27,7 @@ _EPILOG = """\
 examples:
   memd check --bytes 64GiB          will a pool of this size start here?
   memd check --bytes 64GiB --lock   and locked into memory?
+  memd check --disk-dir /mnt/nvme   how fast do pages come back from there?
   memd check --json                 for programs: {"verdict": ..., "findings": [...]}
 
 Takes a few seconds and half a GiB of memory: it measures copies and tries a small daemon.
@@ -49,12 +51,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="as for `memd serve` (default: %(default)s)",
     )
     parser.add_argument("--lock", action="store_true", help="the pool is to be locked into memory")
+    parser.add_argument(
+        "--disk-dir",
+        default="",
+        metavar="DIR",
+        help="as for `memd serve`; writes and reads 128 MiB there (default: no disk)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from memd.numa import choose_nodes, is_policy, read_nodes, running_cpu
-    from memd.selftest import Verdict, look_at_host, measure_host, worst
+    from memd.selftest import Verdict, look_at_host, measure_disk, measure_host, worst
 
     if not is_policy(arguments.numa):
         raise ConfigError(
@@ -64,6 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
     is_placeable = all(f.verdict is not Verdict.FAIL for f in findings if f.name == "numa")
     nodes = choose_nodes(arguments.numa, read_nodes(), running_cpu()) if is_placeable else ()
     findings += measure_host(nodes)
+    if arguments.disk_dir:
+        findings.append(measure_disk(Path(arguments.disk_dir)))
     verdict = worst(findings)
     if arguments.json:
         answer = {"verdict": verdict, "findings": [dataclasses.asdict(each) for each in findings]}

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from memd.selftest.finding import Finding, Verdict, worst
 from memd.selftest.host import look_at_host
-from memd.selftest.measure import measure_host
+from memd.selftest.measure import measure_disk, measure_host
 
-__all__ = ["Finding", "Verdict", "look_at_host", "measure_host", "worst"]
+__all__ = ["Finding", "Verdict", "look_at_host", "measure_disk", "measure_host", "worst"]

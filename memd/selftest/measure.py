@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,21 @@ from memd.protocol import KVLayout
 from memd.region import Region
 from memd.selftest.finding import Finding, Verdict
 from memd.sizes import format_bytes
+from memd.tiers import BLOCK_BYTES, DiskTier
+from memd.tiers.header import PageIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from memd.numa import Node
 
-__all__ = ["measure_host", "measure_memcpy", "measure_pretouch", "try_daemon"]
+__all__ = ["measure_disk", "measure_host", "measure_memcpy", "measure_pretouch", "try_daemon"]
 
 _GIB = 1 << 30
 _SAMPLE_BYTES = 256 << 20
+_DISK_SAMPLE_BYTES = 128 << 20
+_DISK_PAGE_BYTES = 2 << 20
 # Less than any host that one would serve a model on.
 _SLOW_GIB_PER_S = 1.0
 
@@ -65,6 +71,57 @@ def measure_pretouch(nodes: Sequence[Node] = (), num_bytes: int = _SAMPLE_BYTES)
     except ConfigError as error:
         return Finding("pretouch", Verdict.FAIL, str(error), "free memory or raise the limit")
     return _speed("pretouch", made.gib_per_s, f"by {made.method} on {made.num_threads} thread(s)")
+
+
+def measure_disk(directory: Path, num_bytes: int = _DISK_SAMPLE_BYTES) -> Finding:
+    """How fast pages go to disk and come back, checksums included, one after the other.
+
+    Args:
+        directory: Of the disk tier.
+        num_bytes: Pages to write and read, in all.
+    """
+    num_pages = num_bytes // _DISK_PAGE_BYTES
+    with mmap.mmap(-1, _DISK_PAGE_BYTES) as memory:
+        memory.write(np.random.default_rng(0).bytes(_DISK_PAGE_BYTES))
+        page = memoryview(memory)
+        try:
+            with DiskTier(directory, num_pages * (_DISK_PAGE_BYTES + BLOCK_BYTES)) as disk:
+                keys = [PageIdentity(0, page_id, 1) for page_id in range(num_pages)]
+                slots = [disk.put(key, page) for key in keys]
+                for slot, key in zip(slots, keys, strict=True):
+                    if slot is None or not disk.get(slot, key, page):
+                        return Finding(
+                            "disk",
+                            Verdict.FAIL,
+                            f"{directory}: a page did not come back as it went",
+                            "look at the disk's health, or choose another directory",
+                        )
+                counters, is_direct = disk.counters, disk.is_direct
+        except ConfigError as error:
+            return Finding("disk", Verdict.FAIL, str(error), "choose another --disk-dir")
+        finally:
+            page.release()
+    put_s, get_s = counters.put_ns / 1e9, counters.get_ns / 1e9
+    speeds = {
+        "write_gib_per_s": num_bytes / _GIB / put_s,
+        "read_gib_per_s": num_bytes / _GIB / get_s,
+    }
+    way = "past the page cache" if is_direct else "through the page cache"
+    detail = (
+        f"{speeds['read_gib_per_s']:.2f} GiB/s read, {speeds['write_gib_per_s']:.2f} GiB/s written "
+        f"{way}, in pages of {format_bytes(_DISK_PAGE_BYTES)}, the longest took "
+        f"{max(counters.get_max_ns, counters.put_max_ns) / 1e6:.0f} ms"
+    )
+    measured = {name: round(speed, 3) for name, speed in speeds.items()}
+    if not is_direct:
+        return Finding(
+            "disk",
+            Verdict.WARN,
+            detail,
+            "pages on disk stay in memory a second time here; not so with a local ext4 or XFS",
+            measured,
+        )
+    return Finding("disk", Verdict.OK, detail, measured=measured)
 
 
 def try_daemon() -> list[Finding]:

@@ -185,6 +185,11 @@ class DiskTier:
         return len(self._slots)
 
     @property
+    def is_direct(self) -> bool:
+        """Whether pages go past the page cache."""
+        return bool(getattr(self._file, "is_direct", False))
+
+    @property
     def is_writable(self) -> bool:
         """Whether pages are still taken."""
         return self.is_readable and not self._writes.are_out

@@ -152,6 +152,27 @@ def test_speeds_are_measured() -> None:
         assert finding.measured[f"{finding.name}_gib_per_s"] > 0
 
 
+def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    finding = measure.measure_disk(tmp_path, 8 << 20)
+    assert finding.verdict in (Verdict.OK, Verdict.WARN)
+    assert finding.measured["read_gib_per_s"] > 0
+    assert finding.measured["write_gib_per_s"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_not_there_fails(tmp_path: Path) -> None:
+    finding = measure.measure_disk(tmp_path / "none", 8 << 20)
+    assert finding.verdict is Verdict.FAIL
+    assert "none" in finding.detail
+
+
+def test_a_disk_that_returns_something_else_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memd.tiers.disk.GetJob.run", lambda self: None)
+    assert measure.measure_disk(tmp_path, 8 << 20).verdict is Verdict.FAIL
+
+
 def test_a_slow_host_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_SLOW_GIB_PER_S", 1e9)
     finding = measure.measure_memcpy(1 << 20)
