@@ -1,10 +1,10 @@
 """Kernels of HeteroCache: what a decode or prefill step computes over the KV pools.
 
 Knows tensors only: no model, no policy, no engine. Each operation is a folder with its definition
-(``reference.py``, fp32 loops), its CPU implementations (``cpu.py``: compiled C++ through ctypes, and
-torch where nothing is compiled) and ``triton.py``, which is imported by whom it runs for. All implementations share one signature and are held against
-the definition by the same property tests. Nobody but the caller owns memory; nothing here keeps a
-tensor but ``DecodeLayer``, which is made to.
+(``reference.py``, fp32 loops), its CPU implementations (``cpu.py``: compiled C++ through ctypes,
+and torch where nothing is compiled) and ``triton.py``, which is imported when it is to run. All
+implementations share one signature and are held against the definition by the same laws. Nobody but
+the caller owns memory; nothing here keeps a tensor but ``DecodeLayer``, which is made to.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hetero_kernels.dispatch import Impl
-
-T = TypeVar("T")
 
 # Largest error of results of order 1; movement of data is exact.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -54,14 +52,16 @@ def using(name: str) -> Iterator[Impl]:
         yield "native"
 
 
-def on_device(value: T, device: torch.device | str) -> T:
+def on_device(value: Any, device: torch.device | str) -> Any:
     """A copy of a tensor, or of a dataclass or dict of tensors, on another device."""
     if isinstance(value, torch.Tensor):
         return value.clone().to(device)
     if isinstance(value, dict):
-        return {name: on_device(part, device) for name, part in value.items()}  # type: ignore[return-value]
+        return {name: on_device(part, device) for name, part in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: on_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        parts = {
+            f.name: on_device(getattr(value, f.name), device) for f in dataclasses.fields(value)
+        }
         return dataclasses.replace(value, **parts)
     return value
 

@@ -9,11 +9,11 @@ An *item* is a KV head (of a request) with R query rows. Three launches:
    what the operation makes of the rows: the maximum over each group (``pool_maxima``) or the mean
    over all (``pool_mean``).
 
-Keys are read twice so that the R x N probabilities are never in memory: at 128K tokens, five queries
-of four heads they would be 10 MB an item, written and read, against 32 MB of bf16 keys.
+Keys are read twice so that the R x N probabilities are never in memory: at 128K tokens, five
+queries of four heads they would be 10 MB an item, written and read, against 32 MB of bf16 keys.
 
-Pooling is a product with a band matrix: a tile of T keys gives T - 4 pooled positions, and neighbours
-overlap by 4. Not yet run on a GPU.
+Pooling is a product with a band matrix: a tile of T keys gives T - 4 pooled positions, and
+neighbours overlap by 4. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LOG2_E = 1.4426950408889634
 # Keys of a tile, of which the outer four only help to pool.
 TILE = tl.constexpr(64)
 HALO = tl.constexpr(2)
-# Query rows that a program holds: 64 x 128 in bf16 are four tensor-core tiles high. With longer rows
-# there are fewer, or registers and shared memory (227 KiB) would not do.
+# Query rows that a program holds: 64 x 128 in bf16 are four tensor-core tiles high. With longer
+# rows there are fewer, or registers and shared memory (227 KiB) would not do.
 CHUNK_BYTES = 16384
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 16, 64
 # Bytes of a tile of keys from which on one tile less is loaded ahead.
@@ -442,7 +442,7 @@ class ScoredItems:
     @property
     def num_splits(self) -> int:
         """Programs along the keys of an item."""
-        return max(1, min(MAX_SPLITS, triton.cdiv(self.width, SPLIT_TOKENS)))
+        return max(1, min(MAX_SPLITS, -(-self.width // SPLIT_TOKENS)))
 
 
 def pool_maxima(items: ScoredItems) -> Tensor:
@@ -511,7 +511,7 @@ def pool_mean(items: ScoredItems) -> Tensor:
 
 def _chunk_rows(items: ScoredItems) -> int:
     row_bytes = power_of_2(items.queries.shape[3]) * items.queries.element_size()
-    return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, CHUNK_BYTES // int(row_bytes)))
 
 
 def _measured(

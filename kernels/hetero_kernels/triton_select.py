@@ -197,9 +197,7 @@ def _choose(
                 tl.reshape(is_taken, [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :], axis=1
             )
             index = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-            tl.store(
-                bits_ptr + row.to(tl.int64) * bits_stride + index, word, mask=index * 32 < N
-            )
+            tl.store(bits_ptr + row.to(tl.int64) * bits_stride + index, word, mask=index * 32 < N)
         if HAS_REFERENCE:
             words = tl.load(
                 reference_ptr + (row // REPEAT).to(tl.int64) * reference_stride + position // 32,

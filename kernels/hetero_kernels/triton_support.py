@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 
 import torch
 
@@ -30,9 +29,8 @@ def is_installed() -> bool:
 
 def is_interpreted() -> bool:
     """Whether Triton, as it was imported, interprets its kernels on CPU tensors."""
-    triton = sys.modules.get("triton")
-    if triton is None:
-        import triton
+    import triton
+
     # Triton decides for each function when it is defined, its own library's functions included.
     library = type(triton.language.standard.sum).__name__
     return bool(triton.knobs.runtime.interpret) and library == "InterpretedFunction"

@@ -44,10 +44,10 @@ def append_rows(
     A resident head's row goes to ``pool[plane, token_id]``; a compressed head's to row
     ``kept_lens + seq_len - 1 - prompt_len`` of its blocks, with its position beside it. The queries
     of pivots go to step ``(seq_len - 1 - prompt_len) mod S`` of their ring. Of a request with a
-    negative row or a ``seq_len`` of 0, which is padding, nothing is written (``native``, which serves
-    no CUDA graphs, does not know padding).
+    negative row or a ``seq_len`` of 0, which is padding, nothing is written (``native``, which
+    serves no CUDA graphs, does not know padding).
 
-    On a GPU this call reads ``head_map`` back; what a CUDA graph captures is ``DecodeLayer.append``.
+    On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.append``.
 
     Args:
         k: Keys of the new tokens, fp32 / bf16 / fp16 [B, H, D], dense over heads.

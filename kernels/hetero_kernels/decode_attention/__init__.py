@@ -42,10 +42,10 @@ def decode_attention(
     A resident head attends to all ``seq_len`` tokens through ``req_to_token``; a compressed one to
     its ``kept_lens + seq_len - prompt_len`` rows through its block table. Scores, softmax and sums
     are fp32. A head without rows gives zeros. The order of rows does not matter beyond rounding.
-    A request with a negative row or a ``seq_len`` of 0 is padding and gives zeros (``native``, which
-    serves no CUDA graphs, does not know padding).
+    A request with a negative row or a ``seq_len`` of 0 is padding and gives zeros (``native``,
+    which serves no CUDA graphs, does not know padding).
 
-    On a GPU this call reads ``head_map`` back; what a CUDA graph captures is ``DecodeLayer.attend``.
+    On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.attend``.
 
     Args:
         q: Queries, fp32 / bf16 / fp16 [B, Hq, D], dense over heads.

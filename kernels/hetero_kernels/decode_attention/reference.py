@@ -17,8 +17,8 @@ def decode_attention_reference(
 ) -> None:
     """Attend with one query per head to the rows that each head holds.
 
-    Query head ``j`` reads KV head ``j // G``. A head without rows gives zeros, and so does a request
-    whose row is negative or whose ``seq_len`` is 0 (padding).
+    Query head ``j`` reads KV head ``j // G``. A head without rows gives zeros, and so does a
+    request whose row is negative or whose ``seq_len`` is 0 (padding).
 
     Args:
         q: Queries, [B, Hq, D].

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["decode_attention_triton"]
 
 LOG2_E = 1.4426950408889634
-# Bytes of a tile's keys, and as many of its values: 64 tokens at head_dim 128 in bf16. Of the stages
-# one is taken by the look-up of slots, so a program has two or three such tiles (32 KiB each) under
-# way; two programs on a multiprocessor then wait for memory together and not after each other (its
-# share of 3.35 TB/s times 0.7 us is 18 KiB). A head of 100 tokens wastes little of a tile.
+# Bytes of a tile's keys, and as many of its values: 64 tokens at head_dim 128 in bf16. One of the
+# stages is taken by the look-up of slots, so a program has two or three such tiles (32 KiB each)
+# under way; a multiprocessor's share of 3.35 TB/s times a latency of 0.7 us is 18 KiB. A head of
+# 100 tokens wastes little of a tile.
 TILE_BYTES = 16384
 NUM_STAGES = 4
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 64

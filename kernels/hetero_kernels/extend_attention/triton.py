@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["extend_attention_triton"]
 
 LOG2_E = 1.4426950408889634
-# Elements of a program's queries and of a tile of keys: 128 rows and 64 keys of 128, as is usual for
-# prefill on this kind of processor; longer rows or wider elements halve both.
+# Bytes of a program's queries and of a tile of keys: 128 rows and 64 keys of 128 in bf16, as is
+# usual for prefill on this kind of processor; longer rows or wider elements halve both.
 QUERY_BYTES = 32768
 KEY_BYTES = 16384
 

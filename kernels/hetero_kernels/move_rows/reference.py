@@ -16,7 +16,7 @@ def gather_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 def scatter_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
-    """``out[index[i]] = source[i]``; indices are unique, and what has a negative one is left out."""
+    """``out[index[i]] = source[i]``; indices are unique; negative ones are left out."""
     for i, place in enumerate(index.tolist()):
         if place >= 0:
             out[place] = source[i]

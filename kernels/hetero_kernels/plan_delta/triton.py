@@ -37,9 +37,7 @@ def _is_member(sets_ptr, item, num_words, positions):
 
 
 @triton.jit
-def _mark(
-    positions_ptr, sets_ptr, num_positions, num_words, row_stride, BLOCK: tl.constexpr
-):
+def _mark(positions_ptr, sets_ptr, num_positions, num_words, row_stride, BLOCK: tl.constexpr):
     item = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(
@@ -105,7 +103,9 @@ def _plan(
     before = tl.zeros((), tl.int64)
     for first in range(0, item, ITEMS):
         index = first + tl.arange(0, ITEMS)
-        before += tl.sum(tl.load(wanted_ptr + index, mask=index < item, other=0).to(tl.int64), axis=0)
+        before += tl.sum(
+            tl.load(wanted_ptr + index, mask=index < item, other=0).to(tl.int64), axis=0
+        )
     free = tl.maximum(room - before, 0)
     count = tl.minimum(tl.load(wanted_ptr + item).to(tl.int64), free).to(tl.int32)
     tl.store(counts_ptr + item, count)

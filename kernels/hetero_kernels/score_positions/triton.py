@@ -23,7 +23,5 @@ def score_positions_triton(
     length: int,
 ) -> Tensor:
     """Three launches for all heads; see ``score_positions_reference``."""
-    items = ScoredItems(
-        q.contiguous()[:, None], k, scale, width=length, slots=slots, planes=planes
-    )
+    items = ScoredItems(q.contiguous()[:, None], k, scale, width=length, slots=slots, planes=planes)
     return pool_maxima(items)[:, 0]

@@ -64,9 +64,9 @@ def top_positions(
     if chosen == "triton":
         from hetero_kernels.top_positions.triton import top_positions_triton
 
-        return top_positions_triton(
-            flat, counts, best_first=order == "best", width=width
-        ).view(shape)
+        return top_positions_triton(flat, counts, best_first=order == "best", width=width).view(
+            shape
+        )
     run = {
         "native": top_positions_native,
         "torch": top_positions_torch,

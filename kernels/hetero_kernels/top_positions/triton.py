@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["top_bits_triton", "top_positions_triton"]
 
 
-def top_positions_triton(
-    scores: Tensor, counts: Tensor, *, best_first: bool, width: int
-) -> Tensor:
+def top_positions_triton(scores: Tensor, counts: Tensor, *, best_first: bool, width: int) -> Tensor:
     """Radix search and compaction; the chosen alone are sorted where the best shall come first.
 
     Args:
