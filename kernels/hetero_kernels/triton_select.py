@@ -167,7 +167,8 @@ def _choose(
     higher = tl.load(above_ptr + row * num_splits + splits, mask=splits < num_splits, other=0)
     higher += tl.sum(tl.where(digits > digit, counts, 0), axis=1)  # [SPLITS]
     equal = tl.sum(tl.where(digits == digit, counts, 0), axis=1)
-    equal_before = tl.cumsum(equal, axis=0) - equal
+    is_before = splits[None, :] < splits[:, None]
+    equal_before = tl.sum(tl.where(is_before, equal[None, :], 0), axis=1)
     taken = higher + tl.minimum(tl.maximum(needed - equal_before, 0), equal)
     num_equal = tl.sum(tl.where(splits < split, equal, 0), axis=0)
     num_taken = tl.sum(tl.where(splits < split, taken, 0), axis=0)
@@ -259,7 +260,7 @@ def select(selection: Selection) -> Tensor | None:
         "REPEAT": selection.repeat,
         "HAS_LENS": selection.lengths is not None,
         "SPLITS": power_of_2(num_splits),
-        "BLOCK": min(BLOCK, max(32, power_of_2(length))),
+        "BLOCK": BLOCK,
     }
     lengths = selection.counts if selection.lengths is None else selection.lengths
     grid = (num_rows, num_splits)

@@ -323,7 +323,7 @@ def decode_attention_triton(
         layer.kept_lens.stride(1),
         H=H,
         TILE=tile,
-        BLOCK=min(SCHEDULE_BLOCK, power_of_2(num_items)),
+        BLOCK=SCHEDULE_BLOCK,
     )
     _attend[(workspace.num_programs,)](
         q,

@@ -153,7 +153,7 @@ def plan_delta_triton(
     num_words = max(1, triton.cdiv(num_tokens, 32))
     sets = torch.zeros(2, num_items, num_words, dtype=torch.int32, device=device)
     wanted = torch.empty_like(counts)
-    block = min(BLOCK, max(16, power_of_2(max(num_targets, num_kept))))
+    block = BLOCK
     for index, tensor in enumerate((target, kept)):
         if tensor.shape[1]:
             _mark[(num_items, triton.cdiv(tensor.shape[1], block))](

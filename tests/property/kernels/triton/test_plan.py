@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from hetero_kernels import plan_delta, triton_support
+from hetero_kernels import plan_delta
 from hetero_kernels.testing import on_device
 from tests.property.kernels.test_plan_delta import exchanges
 
@@ -16,9 +16,9 @@ few = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @pytest.fixture(autouse=True)
 def _small_blocks(device, monkeypatch):
     """Several blocks for short lists."""
-    if triton_support.is_installed():
-        from hetero_kernels.plan_delta import triton
+    from hetero_kernels.plan_delta import triton
 
+    if device == "cpu":
         monkeypatch.setattr(triton, "BLOCK", 32)
 
 

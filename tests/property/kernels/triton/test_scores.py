@@ -15,7 +15,6 @@ from hetero_kernels import (
     top_bits,
     top_positions,
     topk_overlap,
-    triton_support,
     window_scores,
 )
 from hetero_kernels.testing import TOLERANCE, on_device
@@ -31,11 +30,11 @@ FREE = st.floats(allow_nan=False, width=32)
 @pytest.fixture(autouse=True)
 def _small_splits(device, monkeypatch):
     """Many splits and blocks for short rows, which are all that the interpreter can take."""
-    if triton_support.is_installed():
-        from hetero_kernels import triton_scores, triton_select
+    from hetero_kernels import triton_scores, triton_select
 
-        monkeypatch.setattr(triton_scores, "SPLIT_TOKENS", 150)
-        monkeypatch.setattr(triton_select, "SPLIT_SCORES", 128)
+    monkeypatch.setattr(triton_scores, "SPLIT_TOKENS", 150)
+    monkeypatch.setattr(triton_select, "SPLIT_SCORES", 128)
+    if device == "cpu":
         monkeypatch.setattr(triton_select, "BLOCK", 64)
 
 
