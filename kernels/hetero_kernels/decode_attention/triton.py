@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["decode_attention_triton"]
 
 LOG2_E = 1.4426950408889634
-# Bytes of a tile's keys, and as many of its values: 64 tokens at head_dim 128 in bf16. One of the
-# stages is taken by the look-up of slots, so a program has two or three such tiles (32 KiB each)
-# under way; a multiprocessor's share of 3.35 TB/s times a latency of 0.7 us is 18 KiB. A head of
-# 100 tokens wastes little of a tile.
+# Bytes of a tile's keys, and as many of its values: 64 tokens at head_dim 128 in bf16. A head of
+# 100 tokens wastes little of that.
 TILE_BYTES = 16384
-NUM_STAGES = 4
+# Loads go through two steps, slot and row, so five stages are two tiles (of 32 KiB) ahead, 71 KiB
+# of shared memory where it was compiled; a multiprocessor's share of 3.35 TB/s times a latency of
+# 0.7 us is 18 KiB. Without tensor-core products four stages take 97 KiB.
+DOT_STAGES, PLAIN_STAGES = 5, 4
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 64
 SCHEDULE_BLOCK = 1024
 # Parts that a merging program reads at a time: 16 rows of 128 fp32 keep 128 threads busy.
@@ -361,7 +362,7 @@ def decode_attention_triton(
         DP=head_dim,
         USE_DOT=use_dot,
         WIDEN=triton_support.widens_bf16(q.dtype),
-        STAGES=NUM_STAGES,
+        STAGES=DOT_STAGES if use_dot else PLAIN_STAGES,
         num_warps=4,
     )
     _merge[(num_items, G)](

@@ -214,6 +214,15 @@ def test_positions_are_those_of_a_stable_sort(device, scores, data):
     assert torch.equal(bits.cpu(), top_bits(scores, k, num_words, impl="reference"))
 
 
+@pytest.mark.parametrize("order", ["ascending", "best"])
+def test_both_zeros_are_equal_and_subnormals_are_not_zero(device, order):
+    scores = torch.tensor([[-0.0, 0.0, -1e-40, -0.0, 1e-40, 0.0, float("-inf"), -1.0]])
+    for k in range(9):
+        expected = top_positions(scores, k, order=order, impl="reference")
+        actual = top_positions(scores.to(device), k, order=order, impl="triton")
+        assert torch.equal(actual.cpu(), expected)
+
+
 @pytest.mark.parametrize("k", [0, 1, 500, 999, 1000, 7000])
 def test_long_rows_with_heavy_ties(device, k):
     generator = torch.Generator().manual_seed(k)
