@@ -38,6 +38,9 @@ def has_cuda() -> bool:
 # SGLang reads it on its first import, in this process and in the servers that tests start.
 if not has_cuda():
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    # Triton reads it for each function that it is shown, its own library's included, so it has to
+    # be there before anything imports Triton (SGLang does). Servers that tests start do not get it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from hetero_kernels.layer import DecodeBatch, LayerTensors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hetero_kernels.decode_attention import DecodeWorkspace
     from hetero_kernels.dispatch import Impl
 
 __all__ = ["DecodeBatch", "DecodeLayer"]
@@ -34,16 +35,23 @@ class DecodeLayer:
         tensors: Where the layer's keys and values lie, with ``req_to_token`` and
             ``block_positions``. They must keep their storage as long as this object is used.
         impl: See ``hetero_kernels.dispatch``.
+        workspace: Scratch memory of ``triton``, shared by all layers; ``None``: made for each call.
 
     Raises:
         ValueError: ``impl`` is not available.
     """
 
-    __slots__ = ("_address", "_append", "_attend", "_known", "_struct", "impl", "tensors")
+    __slots__ = (
+        *("_address", "_append", "_attend", "_known", "_struct"),
+        *("_workspace", "impl", "tensors"),
+    )
 
-    def __init__(self, tensors: LayerTensors, impl: Impl = "auto") -> None:
+    def __init__(
+        self, tensors: LayerTensors, impl: Impl = "auto", workspace: DecodeWorkspace | None = None
+    ) -> None:
         self.tensors = tensors
         self.impl = resolve(impl, tensors.device)
+        self._workspace = workspace
         # Layouts of arguments that were checked once; a model uses one or two.
         self._known: set[tuple[object, ...]] = set()
         if self.impl == "native":
@@ -92,6 +100,11 @@ class DecodeLayer:
             )
             return
         check_new_rows(k, v, q, self.tensors, batch)
+        if self.impl == "triton":
+            from hetero_kernels.append_rows.triton import append_rows_triton
+
+            append_rows_triton(k, v, q, self.tensors, batch)
+            return
         run = append_rows_torch if self.impl == "torch" else append_rows_reference
         run(k, v, q, self.tensors, batch)
 
@@ -125,6 +138,11 @@ class DecodeLayer:
             )
             return out
         check_queries(q, out, self.tensors, batch)
+        if self.impl == "triton":
+            from hetero_kernels.decode_attention.triton import decode_attention_triton
+
+            decode_attention_triton(q, out, self.tensors, batch, self._workspace)
+            return out
         run = decode_attention_torch if self.impl == "torch" else decode_attention_reference
         run(q, out, self.tensors, batch)
         return out

@@ -2,34 +2,38 @@
 
 Owns the meaning of ``impl``:
 
-========= ===================================================================================
-auto      ``native`` for CPU tensors where the compiled library is there, else ``torch``
+========= ======================================================================================
+auto      CUDA tensors: ``triton`` where it is installed; CPU tensors: ``native`` where the compiled
+          library is there; else ``torch``
 native    the compiled CPU kernels; an error where they are not available
+triton    Triton kernels on CUDA tensors (not yet run on a GPU), or in Triton's interpreter
 torch     vectorised torch, any device
 reference the definition: plain loops in fp32, slow
-========= ===================================================================================
+========= ======================================================================================
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from hetero_kernels import native
+from hetero_kernels import native, triton_support
 
 if TYPE_CHECKING:
     import torch
 
-Impl = Literal["auto", "native", "torch", "reference"]
-Resolved = Literal["native", "torch", "reference"]
+Impl = Literal["auto", "native", "triton", "torch", "reference"]
+Resolved = Literal["native", "triton", "torch", "reference"]
 
 
 def resolve(impl: Impl, device: torch.device) -> Resolved:
     """Turn ``impl`` into what runs for tensors on ``device``.
 
     Raises:
-        ValueError: ``impl`` is not one of the four, or ``native`` is asked for and not available.
+        ValueError: ``impl`` is not one of the five, or what is asked for is not available.
     """
     if impl == "auto":
+        if device.type == "cuda" and triton_support.is_installed():
+            return "triton"
         return "native" if device.type == "cpu" and native.library() is not None else "torch"
     if impl == "native":
         if device.type != "cpu":
@@ -37,8 +41,11 @@ def resolve(impl: Impl, device: torch.device) -> Resolved:
         if native.library() is None:
             raise ValueError(f"impl='native' is not available: {native.native_status()}")
         return "native"
+    if impl == "triton":
+        triton_support.require(device)
+        return "triton"
     if impl not in ("torch", "reference"):
-        raise ValueError(f"impl must be auto, native, torch or reference, got {impl!r}")
+        raise ValueError(f"impl must be auto, native, triton, torch or reference, got {impl!r}")
     return impl
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -49,6 +50,20 @@ def using(name: str) -> Iterator[Impl]:
     found = native.open_library(name)
     with mock.patch.object(native, "_load", return_value=(found, f"native {name}")):
         yield "native"
+
+
+def on_device(value: Any, device: torch.device | str) -> Any:
+    """A copy of a tensor, or of a dataclass or dict of tensors, on another device."""
+    if isinstance(value, torch.Tensor):
+        return value.clone().to(device)
+    if isinstance(value, dict):
+        return {name: on_device(part, device) for name, part in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {
+            f.name: on_device(getattr(value, f.name), device) for f in dataclasses.fields(value)
+        }
+        return dataclasses.replace(value, **parts)
+    return value
 
 
 @dataclass(frozen=True, eq=False)

@@ -312,11 +312,13 @@ def spawn(
         environment: Variables beside this process's own.
     """
     required = {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONUNBUFFERED": "1"}
+    # Kernels that are interpreted are for tests within this process.
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with log_path.open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", WITH_PARENT, *command],
             cwd=directory,
-            env=os.environ | required | dict(environment),
+            env=own | required | dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -43,7 +43,11 @@ def append_rows(
 
     A resident head's row goes to ``pool[plane, token_id]``; a compressed head's to row
     ``kept_lens + seq_len - 1 - prompt_len`` of its blocks, with its position beside it. The queries
-    of pivots go to step ``(seq_len - 1 - prompt_len) mod S`` of their ring.
+    of pivots go to step ``(seq_len - 1 - prompt_len) mod S`` of their ring. Of a request with a
+    negative row or a ``seq_len`` of 0, which is padding, nothing is written (``native``, which
+    serves no CUDA graphs, does not know padding).
+
+    On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.append``.
 
     Args:
         k: Keys of the new tokens, fp32 / bf16 / fp16 [B, H, D], dense over heads.
@@ -90,6 +94,10 @@ def append_rows(
     chosen = resolve(impl, k.device)
     if chosen == "native":
         append_rows_native(k, v, q, layer, batch)
+    elif chosen == "triton":
+        from hetero_kernels.append_rows.triton import append_rows_triton
+
+        append_rows_triton(k, v, q, layer, batch)
     elif chosen == "torch":
         append_rows_torch(k, v, q, layer, batch)
     else:

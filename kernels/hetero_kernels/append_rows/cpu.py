@@ -37,13 +37,18 @@ def append_rows_torch(
 ) -> None:
     """Indexed writes, a few for each head; see ``append_rows_reference``."""
     assert batch.token_ids is not None
-    rows = batch.rows
+    rows, token_ids = batch.rows, batch.token_ids
     positions = batch.seq_lens - 1
+    is_real = (rows >= 0) & (positions >= 0)
+    if not bool(is_real.all()):
+        rows, token_ids, positions = rows[is_real], token_ids[is_real], positions[is_real]
+        k, v = k[is_real], v[is_real]
+        q = None if q is None else q[is_real]
     generated = positions - layer.prompt_lens[rows]
     for h, place in enumerate(layer.head_map.tolist()):
         if place >= 0:
-            layer.k_resident[place, batch.token_ids] = k[:, h]
-            layer.v_resident[place, batch.token_ids] = v[:, h]
+            layer.k_resident[place, token_ids] = k[:, h]
+            layer.v_resident[place, token_ids] = v[:, h]
         else:
             index = layer.kept_lens[rows, ~place] + generated
             offsets = index % layer.block_tokens
@@ -54,7 +59,7 @@ def append_rows_torch(
                 layer.block_positions[blocks, offsets] = positions.to(torch.int32)
     if q is None or layer.pivot_queries is None or layer.pivot_map is None:
         return
-    groups = q.view(batch.size, layer.num_kv_heads, layer.group_size, layer.head_dim)
+    groups = q.view(rows.shape[0], layer.num_kv_heads, layer.group_size, layer.head_dim)
     steps = generated % layer.pivot_queries.shape[2]
     for h, pivot in enumerate(layer.pivot_map.tolist()):
         if pivot >= 0:

@@ -20,12 +20,15 @@ def append_rows_reference(
         v: Values, [B, H, D].
         q: Queries, [B, Hq, D]; ``None`` leaves the query rings alone.
         layer: Destination.
-        batch: Requests; ``seq_lens`` counts the new token.
+        batch: Requests; ``seq_lens`` counts the new token. A negative row or a ``seq_len`` of 0 is
+            padding: nothing is written.
     """
     assert batch.token_ids is not None
     G = layer.group_size
     for b in range(batch.size):
         row, position = int(batch.rows[b]), int(batch.seq_lens[b]) - 1
+        if row < 0 or position < 0:
+            continue
         generated = position - int(layer.prompt_lens[row])
         for h in range(layer.num_kv_heads):
             place = int(layer.head_map[h])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
 from hetero_kernels.decode_attention.cpu import decode_attention_native, decode_attention_torch
 from hetero_kernels.decode_attention.reference import decode_attention_reference
+from hetero_kernels.decode_attention.workspace import DecodeWorkspace
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.layer import DecodeBatch, LayerTensors
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from hetero_kernels.dispatch import Impl
 
-__all__ = ["decode_attention"]
+__all__ = ["DecodeWorkspace", "decode_attention"]
 
 
 def decode_attention(
@@ -41,6 +42,10 @@ def decode_attention(
     A resident head attends to all ``seq_len`` tokens through ``req_to_token``; a compressed one to
     its ``kept_lens + seq_len - prompt_len`` rows through its block table. Scores, softmax and sums
     are fp32. A head without rows gives zeros. The order of rows does not matter beyond rounding.
+    A request with a negative row or a ``seq_len`` of 0 is padding and gives zeros (``native``,
+    which serves no CUDA graphs, does not know padding).
+
+    On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.attend``.
 
     Args:
         q: Queries, fp32 / bf16 / fp16 [B, Hq, D], dense over heads.
@@ -83,6 +88,10 @@ def decode_attention(
     chosen = resolve(impl, q.device)
     if chosen == "native":
         decode_attention_native(q, out, layer, batch)
+    elif chosen == "triton":
+        from hetero_kernels.decode_attention.triton import decode_attention_triton
+
+        decode_attention_triton(q, out, layer, batch)
     elif chosen == "torch":
         decode_attention_torch(q, out, layer, batch)
     else:

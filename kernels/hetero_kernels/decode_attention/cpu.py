@@ -38,6 +38,9 @@ def decode_attention_torch(q: Tensor, out: Tensor, layer: LayerTensors, batch: D
     v_rows = layer.v_blocks.reshape(-1, layer.head_dim)
     rows, seq_lens, places = batch.rows.tolist(), batch.seq_lens.tolist(), layer.head_map.tolist()
     for b, (row, seq_len) in enumerate(zip(rows, seq_lens, strict=True)):
+        if row < 0 or seq_len == 0:
+            results[b] = 0
+            continue
         for h, place in enumerate(places):
             length = layer.length(h, row, seq_len)
             if length == 0:

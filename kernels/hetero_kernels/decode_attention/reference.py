@@ -17,7 +17,8 @@ def decode_attention_reference(
 ) -> None:
     """Attend with one query per head to the rows that each head holds.
 
-    Query head ``j`` reads KV head ``j // G``. A head without rows gives zeros.
+    Query head ``j`` reads KV head ``j // G``. A head without rows gives zeros, and so does a
+    request whose row is negative or whose ``seq_len`` is 0 (padding).
 
     Args:
         q: Queries, [B, Hq, D].
@@ -27,6 +28,9 @@ def decode_attention_reference(
     """
     for b in range(batch.size):
         row, seq_len = int(batch.rows[b]), int(batch.seq_lens[b])
+        if row < 0 or seq_len == 0:
+            out[b] = 0
+            continue
         for j in range(layer.num_q_heads):
             h = j // layer.group_size
             place = int(layer.head_map[h])

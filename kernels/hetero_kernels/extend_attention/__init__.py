@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hetero_kernels.checks import (
     check_dense_rows,
     check_dtype,
@@ -24,18 +26,29 @@ __all__ = ["extend_attention"]
 
 
 def extend_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, prefix_len: int, scale: float, impl: Impl = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    prefix_len: int,
+    scale: float,
+    slots: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Attend with ``n`` new tokens; token ``i`` sees positions ``0 .. prefix_len + i``.
 
-    The cost grows with new x total tokens, not with total x total.
+    The cost grows with new x total tokens, not with total x total. Resident and compressed heads
+    lie in two pools with slots of their own: one call for each.
 
     Args:
         q: Queries, fp32 / bf16 / fp16 [n, Hq, D], dense over heads.
-        k: Keys by position, like ``q``, [H, prefix_len + n, D], dense rows.
+        k: Keys by position, like ``q``, [H, prefix_len + n, D], dense rows; with ``slots`` a pool,
+            [H, num_slots, D].
         v: Values, like ``k``.
         prefix_len: Tokens before the new ones.
         scale: Factor on the scores.
+        slots: Slot of each position in the pool, int32 [prefix_len + n]; ``triton`` reads the pool
+            where it lies, the others gather it first.
         impl: See ``hetero_kernels.dispatch``.
 
     Returns:
@@ -51,16 +64,28 @@ def extend_attention(
     check_dense_rows("q", q, 2)
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(name, tensor, q.dtype)
-        check_shape(name, tensor, (None, prefix_len + num_new, head_dim))
+        rows = prefix_len + num_new if slots is None else None
+        check_shape(name, tensor, (None, rows, head_dim))
         check_dense_rows(name, tensor)
     if k.shape[0] != v.shape[0] or k.shape[0] == 0 or num_q_heads % k.shape[0] != 0:
         raise ValueError(
             f"the {num_q_heads} query heads must be a multiple of the KV heads, "
             f"got {k.shape[0]} of k and {v.shape[0]} of v"
         )
+    if slots is not None:
+        check_dtype("slots", slots, torch.int32)
+        check_shape("slots", slots, (prefix_len + num_new,))
+        check_dense_rows("slots", slots)
+    chosen = resolve(impl, q.device)
+    if chosen == "triton":
+        from hetero_kernels.extend_attention.triton import extend_attention_triton
+
+        return extend_attention_triton(q, k, v, prefix_len, scale, slots)
+    if slots is not None:
+        k, v = k[:, slots.long()], v[:, slots.long()]
     run = {
         "native": extend_attention_native,
         "torch": extend_attention_torch,
         "reference": extend_attention_reference,
-    }[resolve(impl, q.device)]
+    }[chosen]
     return run(q, k, v, prefix_len, scale)

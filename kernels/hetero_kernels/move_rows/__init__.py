@@ -3,11 +3,15 @@
 All movers see their operands as tables of rows, [num_rows, row_elements]; a pool
 [num_blocks, block_tokens, D] is viewed as [num_blocks * block_tokens, D]. K and V side by side, as
 memd keeps them, are ``install_rows``' source.
+
+A row with a negative index is padding and moves nowhere: for the Triton kernels, which may run in
+CUDA graphs with more rows than there are, and in the definition. ``native`` and ``torch`` take
+indices as they are; there none may be negative.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -22,6 +26,8 @@ from hetero_kernels.move_rows.cpu import (
 from hetero_kernels.move_rows.reference import gather_rows_reference, scatter_rows_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from hetero_kernels.dispatch import Impl
@@ -56,12 +62,7 @@ def gather_rows(
     for name, tensor in (("source", source), ("index", index), ("out", out)):
         check_dense_rows(name, tensor)
     if out.numel() > 0:
-        run = {
-            "native": gather_rows_native,
-            "torch": gather_rows_torch,
-            "reference": gather_rows_reference,
-        }[resolve(impl, source.device)]
-        run(source, index, out)
+        _mover("gather_rows", impl, source.device)(source, index, out)
     return out
 
 
@@ -85,12 +86,7 @@ def scatter_rows(source: Tensor, index: Tensor, out: Tensor, *, impl: Impl = "au
     for name, tensor in (("source", source), ("index", index), ("out", out)):
         check_dense_rows(name, tensor)
     if source.numel() > 0:
-        run = {
-            "native": scatter_rows_native,
-            "torch": scatter_rows_torch,
-            "reference": scatter_rows_reference,
-        }[resolve(impl, source.device)]
-        run(source, index, out)
+        _mover("scatter_rows", impl, source.device)(source, index, out)
 
 
 def install_rows(
@@ -123,11 +119,39 @@ def install_rows(
     check_shape("source", source, (index.shape[0], 2 * head_dim))
     if not (k_blocks.is_contiguous() and v_blocks.is_contiguous()):
         raise ValueError("k_blocks and v_blocks must be contiguous")
-    scatter_rows(source[:, :head_dim], index, k_blocks.view(-1, head_dim), impl=impl)
-    scatter_rows(source[:, head_dim:], index, v_blocks.view(-1, head_dim), impl=impl)
     if (block_positions is None) != (positions is None):
         raise ValueError("block_positions and positions go together, got one of them")
     if block_positions is not None and positions is not None:
         check_dtype("positions", positions, torch.int32)
         check_shape("block_positions", block_positions, tuple(k_blocks.shape[:2]))
-        block_positions.view(-1).index_copy_(0, index, positions)
+    if resolve(impl, source.device) == "triton":
+        from hetero_kernels.move_rows.triton import install_rows_triton
+
+        for name, tensor in (("k_blocks", k_blocks), ("v_blocks", v_blocks)):
+            check_dtype(name, tensor, source.dtype)
+        check_dtype("index", index, torch.int64)
+        check_dense_rows("source", source)
+        install_rows_triton(source, index, k_blocks, v_blocks, block_positions, positions)
+        return
+    scatter_rows(source[:, :head_dim], index, k_blocks.view(-1, head_dim), impl=impl)
+    scatter_rows(source[:, head_dim:], index, v_blocks.view(-1, head_dim), impl=impl)
+    if block_positions is not None and positions is not None:
+        held = block_positions.view(-1, 1)
+        scatter_rows(positions.view(-1, 1), index, held, impl=impl)
+
+
+def _mover(
+    name: Literal["gather_rows", "scatter_rows"], impl: Impl, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """The implementation of a mover that runs for tensors on ``device``."""
+    chosen = resolve(impl, device)
+    if chosen == "triton":
+        from hetero_kernels.move_rows import triton as movers
+
+        return movers.gather_rows_triton if name == "gather_rows" else movers.scatter_rows_triton
+    found = {
+        "native": (gather_rows_native, scatter_rows_native),
+        "torch": (gather_rows_torch, scatter_rows_torch),
+        "reference": (gather_rows_reference, scatter_rows_reference),
+    }[chosen]
+    return found[0 if name == "gather_rows" else 1]

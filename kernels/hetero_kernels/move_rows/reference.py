@@ -9,12 +9,14 @@ if TYPE_CHECKING:
 
 
 def gather_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
-    """``out[i] = source[index[i]]``."""
+    """``out[i] = source[index[i]]``; where the index is negative, ``out[i]`` stays as it is."""
     for i, place in enumerate(index.tolist()):
-        out[i] = source[place]
+        if place >= 0:
+            out[i] = source[place]
 
 
 def scatter_rows_reference(source: Tensor, index: Tensor, out: Tensor) -> None:
-    """``out[index[i]] = source[i]``; indices are unique."""
+    """``out[index[i]] = source[i]``; indices are unique; negative ones are left out."""
     for i, place in enumerate(index.tolist()):
-        out[place] = source[i]
+        if place >= 0:
+            out[place] = source[i]

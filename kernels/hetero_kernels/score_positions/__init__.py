@@ -73,9 +73,14 @@ def score_positions(
         check_shape("slots", slots, (None,))
         check_dense_rows("slots", slots)
     length = num_slots if slots is None else slots.shape[0]
+    chosen = resolve(impl, q.device)
+    if chosen == "triton":
+        from hetero_kernels.score_positions.triton import score_positions_triton
+
+        return score_positions_triton(q, k, scale, planes, slots, length)
     run = {
         "native": score_positions_native,
         "torch": score_positions_torch,
         "reference": score_positions_reference,
-    }[resolve(impl, q.device)]
+    }[chosen]
     return run(q, k, scale, planes, slots, length)

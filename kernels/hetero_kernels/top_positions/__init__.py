@@ -31,6 +31,7 @@ def top_positions(
     k: int | Tensor,
     *,
     order: Literal["ascending", "best"] = "ascending",
+    width: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Positions of the highest scores of each row; of equal scores the lower position wins.
@@ -39,25 +40,42 @@ def top_positions(
         scores: fp32 [..., N], dense rows, no NaN.
         k: How many: one number, or int32 [...] with one for each row. More than N counts as N.
         order: ``ascending`` by position, or ``best`` first (ties: lower position first).
+        width: Places of a row of the result, at least each k that is below N, and at most N.
+            ``None``: min(max(k), N), for which a tensor ``k`` is read back from its device.
+            With it nothing waits for the device and nothing checks what ``k`` holds.
         impl: See ``hetero_kernels.dispatch``.
 
     Returns:
-        int32 [..., min(max(k), N)]; places that a row does not use are -1, at its end.
+        int32 [..., width]; places that a row does not use are -1, at its end.
 
     Raises:
         ValueError: A shape, dtype or ``order`` is not as described, or ``k`` is negative.
     """
     if order not in ("ascending", "best"):
         raise ValueError(f"order must be ascending or best, got {order!r}")
-    flat, counts = _flatten(scores, k)
+    flat, counts = _flatten(scores, k, is_trusted=width is not None)
+    if width is not None and not 0 <= width <= flat.shape[1]:
+        raise ValueError(f"width must be 0 to {flat.shape[1]} (positions), got {width}")
+    if width is None:
+        largest = k if isinstance(k, int) else int(counts.max()) if counts.numel() else 0
+        width = min(largest, flat.shape[1])
+    shape = (*scores.shape[:-1], width)
     chosen = resolve(impl, scores.device)
+    if chosen == "triton":
+        from hetero_kernels.top_positions.triton import top_positions_triton
+
+        return top_positions_triton(flat, counts, best_first=order == "best", width=width).view(
+            shape
+        )
     run = {
         "native": top_positions_native,
         "torch": top_positions_torch,
         "reference": top_positions_reference,
     }[chosen]
     out = run(flat, counts, best_first=order == "best")
-    return out.view(*scores.shape[:-1], out.shape[1])
+    if out.shape[1] < width:
+        out = torch.nn.functional.pad(out, (0, width - out.shape[1]), value=-1)
+    return out.view(shape)
 
 
 def top_bits(scores: Tensor, k: int | Tensor, num_words: int, *, impl: Impl = "auto") -> Tensor:
@@ -75,12 +93,16 @@ def top_bits(scores: Tensor, k: int | Tensor, num_words: int, *, impl: Impl = "a
     Raises:
         ValueError: A shape or dtype is not as described, or the sets are too short.
     """
-    flat, counts = _flatten(scores, k)
+    chosen = resolve(impl, scores.device)
+    flat, counts = _flatten(scores, k, is_trusted=chosen == "triton")
     if num_words * 32 < flat.shape[1]:
         raise ValueError(f"num_words must hold {flat.shape[1]} positions, got {num_words}")
-    chosen = resolve(impl, scores.device)
     if chosen == "native":
         out = top_bits_native(flat, counts, num_words)
+    elif chosen == "triton":
+        from hetero_kernels.top_positions.triton import top_bits_triton
+
+        out = top_bits_triton(flat, counts, num_words)
     elif chosen == "torch":
         out = pack_positions_torch(top_positions_torch(flat, counts, best_first=False), num_words)
     else:
@@ -107,8 +129,8 @@ def pack_positions(positions: Tensor, num_words: int) -> Tensor:
     return pack_positions_torch(flat, num_words).view(*positions.shape[:-1], num_words)
 
 
-def _flatten(scores: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Scores as [M, N] with dense rows and counts as int32 [M]."""
+def _flatten(scores: Tensor, k: int | Tensor, is_trusted: bool) -> tuple[Tensor, Tensor]:
+    """Scores as [M, N] with dense rows and counts as int32 [M]; unless trusted none is negative."""
     check_dtype("scores", scores, torch.float32)
     if scores.dim() == 0:
         raise ValueError("scores must have at least one dimension, got 0")
@@ -118,7 +140,7 @@ def _flatten(scores: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
         check_dtype("k", k, torch.int32)
         check_shape("k", k, tuple(scores.shape[:-1]))
         counts = k.reshape(-1).contiguous()
-        lowest = int(counts.min()) if counts.numel() else 0
+        lowest = int(counts.min()) if counts.numel() and not is_trusted else 0
     else:
         counts = torch.full((flat.shape[0],), k, dtype=torch.int32, device=scores.device)
         lowest = k

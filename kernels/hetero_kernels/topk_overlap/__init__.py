@@ -38,6 +38,7 @@ def topk_overlap(
     top_k: Tensor,
     reference: Tensor,
     scale: float,
+    width: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Overlap of each query group's best prompt positions with a reference set.
@@ -58,11 +59,15 @@ def topk_overlap(
         reference: Bit sets, int32 [Q, num_words]: bit ``p % 32`` of word ``p // 32``;
             ``num_words >= ceil(N / 32)``.
         scale: Factor on the products.
+        width: Positions of the longest prompt, or more. ``None``: max(prompt_lens), which is read
+            back from its device. With it nothing waits for the device and nothing checks what
+            ``prompt_lens`` holds.
         impl: See ``hetero_kernels.dispatch``.
 
     Returns:
         Overlap in [0, 1], fp32 [Q, S], and the pooled scores of query group S - 1, fp32
-        [Q, max(prompt_lens)], 0 beyond an item's prompt.
+        [Q, width], 0 beyond an item's prompt. An item with a negative row is padding and gives
+        zeros (not by ``native``, which serves no CUDA graphs).
 
     Raises:
         ValueError: A shape, dtype or stride is not as described.
@@ -91,15 +96,30 @@ def topk_overlap(
     ):
         check_shape(name, tensor, (num_items,))
         check_dense_rows(name, tensor)
-    longest = int(prompt_lens.max()) if num_items else 0
+    longest = width
+    if longest is None:
+        longest = int(prompt_lens.max()) if num_items else 0
     if longest > min(32 * reference.shape[1], req_to_token.shape[1]):
         raise ValueError(
             f"prompt_lens must fit reference ({32 * reference.shape[1]} bits) and req_to_token "
             f"({req_to_token.shape[1]} positions), got {longest}"
         )
+    chosen = resolve(impl, queries.device)
+    if chosen == "triton":
+        from hetero_kernels.topk_overlap.triton import topk_overlap_triton
+
+        return topk_overlap_triton(
+            *(queries, keys, planes, req_to_token, rows, prompt_lens, top_k, reference, scale),
+            width=longest,
+        )
     run = {
         "native": topk_overlap_native,
         "torch": topk_overlap_torch,
         "reference": topk_overlap_reference,
-    }[resolve(impl, queries.device)]
-    return run(queries, keys, planes, req_to_token, rows, prompt_lens, top_k, reference, scale)
+    }[chosen]
+    overlap, scores = run(
+        queries, keys, planes, req_to_token, rows, prompt_lens, top_k, reference, scale
+    )
+    if scores.shape[1] < longest:
+        scores = torch.nn.functional.pad(scores, (0, longest - scores.shape[1]))
+    return overlap, scores

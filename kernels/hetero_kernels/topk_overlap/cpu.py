@@ -81,7 +81,7 @@ def topk_overlap_torch(
     shifts = torch.arange(32, device=device)
     for i in range(num_items):
         length, count = int(prompt_lens[i]), int(top_k[i])
-        if length == 0:
+        if length == 0 or int(rows[i]) < 0:
             continue
         prompt = read_keys(keys, int(planes[i]), req_to_token[int(rows[i]), :length].long())
         scores = pooled_scores_torch(queries[i], prompt[None], scale)  # [S, N]

@@ -29,7 +29,8 @@ def topk_overlap_reference(
     """Share of the reference positions that are among each query group's best; see the package.
 
     The best are the ``top_k`` highest pooled scores, of equal ones the lower position. The share's
-    divisor is ``top_k`` also when the prompt is shorter; ``top_k = 0`` gives 0.
+    divisor is ``top_k`` also when the prompt is shorter; ``top_k = 0`` gives 0. An item with a
+    negative row is padding and gives zeros.
     """
     num_items, num_queries = queries.shape[:2]
     width = int(prompt_lens.max()) if num_items else 0
@@ -37,6 +38,8 @@ def topk_overlap_reference(
     newest_scores = torch.zeros(num_items, width)
     for i in range(num_items):
         length, count = int(prompt_lens[i]), int(top_k[i])
+        if int(rows[i]) < 0:
+            continue
         slots = req_to_token[int(rows[i]), :length].long()
         prompt = read_keys(keys, int(planes[i]), slots)
         words = reference[i].tolist()

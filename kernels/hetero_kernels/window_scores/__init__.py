@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from hetero_kernels.checks import check_dtype, check_float, check_shape
+from hetero_kernels.dispatch import resolve
 from hetero_kernels.window_scores.cpu import window_scores_torch
 from hetero_kernels.window_scores.reference import window_scores_reference
 
@@ -15,7 +16,11 @@ __all__ = ["window_scores"]
 
 
 def window_scores(
-    q: Tensor, k: Tensor, scale: float, *, impl: Literal["auto", "torch", "reference"] = "auto"
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    *,
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> Tensor:
     """Mean attention of the last W prompt tokens over W and the group, pooled; all in fp32.
 
@@ -25,7 +30,8 @@ def window_scores(
         q: Queries of the last W prompt tokens, fp32 / bf16 / fp16 [H, W, G, D].
         k: Keys of the whole prompt, like ``q``, [H, N, D] with N >= W.
         scale: Factor on the products, 1 / sqrt(D).
-        impl: ``auto`` is ``torch``; ``reference`` is the definition, slow.
+        impl: See ``hetero_kernels.dispatch``; there is no ``native``, and ``auto`` is ``torch`` on
+            CPU tensors.
 
     Returns:
         fp32 [H, N].
@@ -39,5 +45,9 @@ def window_scores(
     check_shape("k", k, (q.shape[0], None, q.shape[3]))
     if not 1 <= q.shape[1] <= k.shape[1]:
         raise ValueError(f"the window must be 1 to {k.shape[1]} (prompt) tokens, got {q.shape[1]}")
+    if resolve(impl, q.device) == "triton":
+        from hetero_kernels.window_scores.triton import window_scores_triton
+
+        return window_scores_triton(q, k, scale)
     run = window_scores_reference if impl == "reference" else window_scores_torch
     return run(q, k, scale)

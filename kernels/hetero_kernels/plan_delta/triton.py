@@ -1,0 +1,191 @@
+"""``plan_delta`` in Triton: marks, counts and two compactions, all by grids of shapes.
+
+1. *mark* (item, block): a bit for each position that is wanted and for each that is kept.
+2. *count* (item): how many are missing; an item's share of the room depends on those before it.
+3. *plan* (item): compacts the missing positions, in the target's order, and the slots that leave.
+
+Scratch: bit sets, int32 [2, M, ceil(num_tokens / 32)], and counts, int32 [M]. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from hetero_kernels.triton_support import power_of_2
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["plan_delta_triton"]
+
+# Positions that a program looks at at a time: 16 for each of 128 threads.
+BLOCK = 2048
+_NO_LIMIT = 2**31 - 1
+
+
+@triton.jit
+def _is_member(sets_ptr, item, num_words, positions):
+    """1 where a position is in an item's set, 0 elsewhere and for skipped ones."""
+    words = tl.load(
+        sets_ptr + item.to(tl.int64) * num_words + positions // 32, mask=positions >= 0, other=0
+    )
+    return (words >> (positions & 31)) & 1
+
+
+@triton.jit
+def _mark(positions_ptr, sets_ptr, num_positions, num_words, row_stride, BLOCK: tl.constexpr):
+    item = tl.program_id(0)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(
+        positions_ptr + item.to(tl.int64) * row_stride + index,
+        mask=index < num_positions,
+        other=-1,
+    )
+    tl.atomic_or(
+        sets_ptr + item.to(tl.int64) * num_words + position // 32,
+        1 << (position & 31),
+        mask=position >= 0,
+    )
+
+
+@triton.jit
+def _count(
+    target_ptr,
+    kept_sets_ptr,
+    limits_ptr,
+    counts_ptr,
+    num_targets,
+    num_words,
+    target_stride,
+    HAS_LIMITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    item = tl.program_id(0)
+    count = tl.zeros((), tl.int32)
+    for first in range(0, num_targets, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        position = tl.load(
+            target_ptr + item.to(tl.int64) * target_stride + index,
+            mask=index < num_targets,
+            other=-1,
+        )
+        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
+        count += tl.sum(((position >= 0) & (is_kept == 0)).to(tl.int32), axis=0)
+    if HAS_LIMITS:
+        count = tl.minimum(count, tl.maximum(tl.load(limits_ptr + item), 0))
+    tl.store(counts_ptr + item, count)
+
+
+@triton.jit
+def _plan(
+    target_ptr,
+    kept_ptr,
+    target_sets_ptr,
+    kept_sets_ptr,
+    wanted_ptr,
+    positions_ptr,
+    slots_ptr,
+    counts_ptr,
+    num_targets,
+    num_kept,
+    num_words,
+    room,
+    target_stride,
+    kept_stride,
+    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    item = tl.program_id(0)
+    before = tl.zeros((), tl.int64)
+    for first in range(0, item, ITEMS):
+        index = first + tl.arange(0, ITEMS)
+        before += tl.sum(
+            tl.load(wanted_ptr + index, mask=index < item, other=0).to(tl.int64), axis=0
+        )
+    free = tl.maximum(room - before, 0)
+    count = tl.minimum(tl.load(wanted_ptr + item).to(tl.int64), free).to(tl.int32)
+    tl.store(counts_ptr + item, count)
+    at_out = item.to(tl.int64) * num_targets
+    rank = tl.zeros((), tl.int32)
+    for first in range(0, num_targets, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        position = tl.load(
+            target_ptr + item.to(tl.int64) * target_stride + index,
+            mask=index < num_targets,
+            other=-1,
+        )
+        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
+        is_missing = ((position >= 0) & (is_kept == 0)).to(tl.int32)
+        place = rank + tl.cumsum(is_missing, axis=0) - is_missing
+        is_taken = (is_missing != 0) & (place < count)
+        tl.store(positions_ptr + at_out + place, position, mask=is_taken)
+        rank += tl.sum(is_missing, axis=0)
+    rank = tl.zeros((), tl.int32)
+    for first in range(0, num_kept, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        position = tl.load(
+            kept_ptr + item.to(tl.int64) * kept_stride + index, mask=index < num_kept, other=-1
+        )
+        is_wanted = _is_member(target_sets_ptr, item, num_words, position)
+        is_leaving = ((position >= 0) & (is_wanted == 0)).to(tl.int32)
+        place = rank + tl.cumsum(is_leaving, axis=0) - is_leaving
+        is_taken = (is_leaving != 0) & (place < count)
+        tl.store(slots_ptr + at_out + place, index, mask=is_taken)
+        rank += tl.sum(is_leaving, axis=0)
+
+
+def plan_delta_triton(
+    target: Tensor, kept: Tensor, num_tokens: int, limits: Tensor | None, room: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bit sets and compaction; nothing waits for the device. See ``plan_delta_reference``."""
+    num_items, num_targets = target.shape
+    num_kept = kept.shape[1]
+    device = target.device
+    positions = torch.full((num_items, num_targets), -1, dtype=torch.int32, device=device)
+    slots = torch.full_like(positions, -1)
+    counts = torch.zeros(num_items, dtype=torch.int32, device=device)
+    if positions.numel() == 0:
+        return positions, slots, counts
+    num_words = max(1, triton.cdiv(num_tokens, 32))
+    sets = torch.zeros(2, num_items, num_words, dtype=torch.int32, device=device)
+    wanted = torch.empty_like(counts)
+    block = BLOCK
+    for index, tensor in enumerate((target, kept)):
+        if tensor.shape[1]:
+            _mark[(num_items, triton.cdiv(tensor.shape[1], block))](
+                tensor, sets[index], tensor.shape[1], num_words, tensor.stride(0), BLOCK=block
+            )
+    _count[(num_items,)](
+        target,
+        sets[1],
+        wanted if limits is None else limits,
+        wanted,
+        num_targets,
+        num_words,
+        target.stride(0),
+        HAS_LIMITS=limits is not None,
+        BLOCK=block,
+    )
+    _plan[(num_items,)](
+        target,
+        kept,
+        sets[0],
+        sets[1],
+        wanted,
+        positions,
+        slots,
+        counts,
+        num_targets,
+        num_kept,
+        num_words,
+        _NO_LIMIT if room is None else room,
+        target.stride(0),
+        kept.stride(0),
+        ITEMS=min(1024, power_of_2(num_items)),
+        BLOCK=block,
+    )
+    return positions, slots, counts

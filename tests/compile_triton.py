@@ -1,0 +1,167 @@
+"""Compiles the Triton kernels for an H100 on a machine without one, at Llama-3.1-8B's shape.
+
+A script for a process of its own, without TRITON_INTERPRET: the target is forced and nothing is
+launched. Prints a line of JSON for each kernel: what it takes of registers and shared memory, and
+whether loads run ahead. It shows that kernels compile and fit, not that they are right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hetero_kernels import (
+    DecodeBatch,
+    DecodeLayer,
+    QuantizedKeys,
+    extend_attention,
+    gather_rows,
+    install_rows,
+    plan_delta,
+    top_bits,
+    top_positions,
+    topk_overlap,
+    triton_support,
+    window_scores,
+)
+from hetero_kernels.testing import make_decode_case
+
+DTYPE = torch.bfloat16
+G, D = 4, 128
+
+
+class Hopper:
+    """A driver that knows its target and can do nothing."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    ptx = kernel.asm["ptx"]
+    return {
+        "name": kernel.metadata.name,
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]),
+        "shared_bytes": kernel.metadata.shared,
+        "num_async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "num_tensor_products": len(re.findall(r"wgmma\.mma|mma\.sync", ptx)),
+    }
+
+
+def compile_instead_of_launching() -> None:
+    """Make every launch a compilation for the forced target."""
+    driver.set_active(Hopper())
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        sys.stdout.write(json.dumps(describe(kernel)) + "\n")
+        return kernel
+
+    JITFunction.run = run
+    triton_support.require = lambda device: None
+    triton_support.num_programs = lambda device: 264
+
+
+def decode() -> None:
+    for group_size in (G, 8):
+        case = make_decode_case(
+            prompt_lens=[100] * 4,
+            kept_lens=[[50, 0]] * 4,
+            generated=[1] * 4,
+            head_map=[-2, 0, -1],
+            group_size=group_size,
+            head_dim=D,
+            dtype=DTYPE,
+            pivot_map=[-1, 0, -1],
+        )
+        layer = DecodeLayer(case.layer, impl="triton")
+        batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+        layer.append(case.k, case.v, case.q, batch)
+        layer.attend(case.q, case.q.clone(), batch)
+
+
+def move() -> None:
+    pool = torch.zeros(10, 16, D, dtype=DTYPE)
+    index = torch.arange(20)
+    install_rows(
+        torch.zeros(20, 2 * D, dtype=DTYPE),
+        index,
+        k_blocks=pool,
+        v_blocks=pool.clone(),
+        block_positions=torch.zeros(10, 16, dtype=torch.int32),
+        positions=index.int(),
+        impl="triton",
+    )
+    gather_rows(pool.view(-1, D), index, impl="triton")
+
+
+def score_and_select() -> None:
+    int8 = QuantizedKeys(
+        torch.zeros(2, 9000, D, dtype=torch.int8), torch.zeros(2, 9000, 1, dtype=torch.bfloat16)
+    )
+    int4 = QuantizedKeys(
+        torch.zeros(2, 9000, D // 2, dtype=torch.uint8),
+        torch.zeros(2, 9000, D // 32, dtype=torch.bfloat16),
+    )
+    for keys in (torch.zeros(2, 9000, D, dtype=DTYPE), int8, int4):
+        topk_overlap(
+            torch.zeros(1, 5, G, D, dtype=DTYPE),
+            keys=keys,
+            planes=torch.zeros(1, dtype=torch.int32),
+            req_to_token=torch.zeros(4, 9000, dtype=torch.int32),
+            rows=torch.zeros(1, dtype=torch.int64),
+            prompt_lens=torch.tensor([9000], dtype=torch.int32),
+            top_k=torch.tensor([4500], dtype=torch.int32),
+            reference=torch.zeros(1, 300, dtype=torch.int32),
+            scale=0.1,
+            impl="triton",
+        )
+    queries = torch.zeros(2, 32, G, D, dtype=DTYPE)
+    window_scores(queries, torch.zeros(2, 9000, D, dtype=DTYPE), 0.1, impl="triton")
+    top_positions(torch.zeros(3, 9000), 4000, impl="triton")
+    top_bits(torch.zeros(3, 9000), 4000, 300, impl="triton")
+    positions = torch.arange(4000).int().repeat(3, 1)
+    plan_delta(positions, positions, 9000, room=50, impl="triton")
+
+
+def extend() -> None:
+    q, k = torch.zeros(512, G, D, dtype=DTYPE), torch.zeros(1, 9000, D, dtype=DTYPE)
+    extend_attention(q, k[:, :576], k[:, :576], prefix_len=64, scale=0.1, impl="triton")
+    slots = torch.arange(576).int()
+    extend_attention(q, k, k, prefix_len=64, scale=0.1, slots=slots, impl="triton")
+
+
+if __name__ == "__main__":
+    assert triton.__version__
+    compile_instead_of_launching()
+    decode()
+    move()
+    score_and_select()
+    extend()
