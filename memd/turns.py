@@ -41,6 +41,7 @@ class Turn(Generic[Result]):
         error: What it raised; None if it has not.
         is_over: Whether it has ended.
         is_asleep: Whether it waits for something to happen.
+        is_running: Whether it is at work at this moment.
     """
 
     def __init__(self, steps: Generator[Wait, None, Result]) -> None:
@@ -49,15 +50,19 @@ class Turn(Generic[Result]):
         self.error: Exception | None = None
         self.is_over = False
         self.is_asleep = False
+        self.is_running = False
 
     def go_on(self) -> bool:
         """Work until it waits or is over; whether it is over."""
+        self.is_running = True
         try:
             self.is_asleep = next(self._steps) is Wait.EVENT
         except StopIteration as stop:
             self.result, self.is_over = stop.value, True
         except Exception as error:
             self.error, self.is_over = error, True
+        finally:
+            self.is_running = False
         return self.is_over
 
     def give_up(self) -> None:
@@ -111,12 +116,18 @@ class WaitingRoom(Generic[Result]):
     def cancel(self, connection: bytes) -> list[Turn[Result]]:
         """Forget a connection's requests; they end where they are.
 
+        Not the one that is at work and asks for this itself, as a ``Goodbye`` does that waited.
+
         Returns:
             Them, in their order.
         """
-        turns = list(self._queues.pop(connection, ()))
+        queue = self._queues.get(connection, deque())
+        turns = [turn for turn in queue if not turn.is_running]
         for turn in turns:
+            queue.remove(turn)
             turn.give_up()
+        if not queue:
+            self._queues.pop(connection, None)
         return turns
 
     def check_integrity(self) -> None:
