@@ -9,7 +9,12 @@ Keys of the answer (all counts since the daemon started, sizes in bytes, times i
 ``clients``    one map each: ``client_id``, ``pid``, ``name``, ``pages``, ``pages_free``,
                ``pages_reserved``, ``pages_sealed``, ``pages_leaving`` (released, but read by a
                fetch), ``page_bytes``, ``extent_bytes``, ``landing_rows``, ``pending_bytes``
-               (still to be copied), ``silent_s`` (since its last request)
+               (still to be copied), ``silent_s`` (since its last request), ``data_path`` (where
+               fetched rows land: ``host`` or ``cuda_ipc``)
+``cuda``       only with ``--cuda-staging-bytes``: ``counters``, the fields of ``CudaCounters`` of
+               ``memd.transfer.cuda_ipc``, and ``devices``, of which memd holds something now, one
+               map each: ``uuid``, ``rings``, ``copies`` (under way), ``staging_bytes``,
+               ``staging_bytes_used``, ``lost_reason`` (None as long as it works)
 ``counters``   the fields of ``Counters``
 ``requests``   answered requests by tag
 ``errors``     refused requests by ``ErrorCode``
