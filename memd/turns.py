@@ -105,6 +105,8 @@ class WaitingRoom(Generic[Result]):
             if not turn.go_on():
                 self._queues.move_to_end(connection)
                 return None
+            # It may have cancelled those behind it.
+            queue = self._queues[connection]
             queue.popleft()
             if queue:
                 self._queues.move_to_end(connection)
@@ -121,13 +123,13 @@ class WaitingRoom(Generic[Result]):
         Returns:
             Them, in their order.
         """
-        queue = self._queues.get(connection, deque())
+        queue = self._queues.pop(connection, deque())
         turns = [turn for turn in queue if not turn.is_running]
+        if len(turns) < len(queue):
+            self._queues[connection] = deque(turn for turn in queue if turn.is_running)
+        # Only now: what one of them does at its end may wake the others.
         for turn in turns:
-            queue.remove(turn)
             turn.give_up()
-        if not queue:
-            self._queues.pop(connection, None)
         return turns
 
     def check_integrity(self) -> None:
