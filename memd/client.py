@@ -203,6 +203,7 @@ class MemdClient:
         self._polled_at = clock()
         self._lost_reason: str | None = None
         self._is_closed = False
+        self._has_said_goodbye = False
         self._stats_id: int | None = None
         self._server_stats: dict[str, Any] = {}
         self._counters = _Counters()
@@ -606,6 +607,7 @@ class MemdClient:
         if self._is_closed:
             return
         if self.is_alive:
+            self._has_said_goodbye = True
             self._request("goodbye", None, lambda i: Goodbye(request_id=i))
             self.drain(self._deadline_s if self._has_ring else _GOODBYE_WAIT_S)
             self._lose("closed", is_expected=True)
@@ -731,6 +733,11 @@ class MemdClient:
     def _on_error(self, pending: _Pending, reply: ErrorReply) -> None:
         self._counters.errors += 1
         message = f"{reply.code}: {reply.message}"
+        if self._has_said_goodbye:
+            # Fetches that it ended; memd's answer to the goodbye itself is still to come.
+            if pending.ticket is not None:
+                self._complete(pending.ticket, message)
+            return
         _LOG.warning("memd refused a %s: %s", pending.kind, message)
         if pending.ticket is not None:
             self._complete(pending.ticket, message)

@@ -127,6 +127,20 @@ def test_a_ring_may_be_freed_when_memd_has_said_so(replies: list[object], is_clo
     assert client.is_ring_closed is is_closed
 
 
+def test_a_fetch_that_the_goodbye_ends_does_not_hide_its_answer() -> None:
+    channel = Scripted()
+    client = ring_client(channel)
+    ticket = client.fetch(np.arange(10))
+    assert ticket is not None
+    channel.replies += [
+        ErrorReply(request_id=1, code=ErrorCode.NOT_REGISTERED, message="it left"),
+        GoodbyeReply(request_id=2),
+    ]
+    client.close()
+    assert ticket.error == "not_registered: it left"
+    assert client.is_ring_closed
+
+
 def test_a_ring_has_as_many_bytes_as_the_landing_rows() -> None:
     ring = RingHandle(handle=bytes(64), base_offset=0, num_bytes=64, device_uuid=bytes(16))
     with pytest.raises(ValueError, match="a ring of 16 rows has 2048 bytes, got 64"):
