@@ -9,6 +9,10 @@ Order is part of the contract: memd handles the messages of one client in the or
 pages may be fetched right after their ``commit``, and released right after a ``fetch`` that reads
 them.
 
+Where fetched rows land is ``data_path``: in ``landing``, unless ``connect`` was given a ring on a
+GPU, into which memd then copies them by itself. Such a ring stays allocated until
+``is_ring_closed``.
+
 When memd is lost, ``is_alive`` turns False for ever. Every open ticket then ends with an error,
 later calls do nothing and raise nothing, and ``pages`` and ``landing`` stay readable: the mapping
 is the client's own.
@@ -63,6 +67,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import numpy.typing as npt
+
+    from memd.cuda.driver import Driver
+    from memd.cuda.registration import PageLock
+    from memd.cuda.ring import RingHandle
 
 __all__ = [
     "FetchTicket",
@@ -128,7 +136,12 @@ class MemdClient:
             Write only pages that are reserved and not yet committed, or rows of sealed ones that no
             fetch was told of. Touch no page that is frozen, and may be on disk.
         landing: uint8 [landing_rows, row_bytes], written by memd for fetches in flight, else
-            stable.
+            stable; [0, row_bytes] with a ring on a device, which is in its place.
+        landing_rows: Rows of the landing ring, wherever it is.
+        device_lost_reason: Why nothing is fetched into the ring on the device any more; None as
+            long as memd can copy there, and without such a ring.
+        is_ring_closed: Whether memd has unmapped the ring on the device, so that it may be freed;
+            True without one. Nothing but a ``close`` that memd has answered makes it True.
         address: Where memd listens.
         memd_pid: memd's process id.
     """
@@ -162,10 +175,15 @@ class MemdClient:
         self.host_pages = hello.host_pages or num_pages
         shape = (num_pages, layout.num_heads, layout.page_tokens, layout.row_bytes)
         self.pages: npt.NDArray[np.uint8] = extent[: num_pages * layout.page_bytes].reshape(shape)
-        ring_bytes = hello.landing_rows * layout.row_bytes
+        self._has_ring = hello.data_path != "host"
+        self.landing_rows = hello.landing_rows
+        self.device_lost_reason: str | None = None
+        self.is_ring_closed = not self._has_ring
+        num_rows_here = 0 if self._has_ring else hello.landing_rows
         self.landing: npt.NDArray[np.uint8] = extent[
-            hello.landing_offset : hello.landing_offset + ring_bytes
-        ].reshape(hello.landing_rows, layout.row_bytes)
+            hello.landing_offset : hello.landing_offset + num_rows_here * layout.row_bytes
+        ].reshape(num_rows_here, layout.row_bytes)
+        self._page_lock: PageLock | None = None
 
         self._channel = registration.channel
         self._deadline_s = deadline_s
@@ -186,6 +204,7 @@ class MemdClient:
         self._polled_at = clock()
         self._lost_reason: str | None = None
         self._is_closed = False
+        self._has_said_goodbye = False
         self._stats_id: int | None = None
         self._server_stats: dict[str, Any] = {}
         self._counters = _Counters()
@@ -201,6 +220,7 @@ class MemdClient:
         deadline_s: float = 10.0,
         name: str = "",
         host_pages: int = 0,
+        ring: RingHandle | None = None,
     ) -> MemdClient:
         """Register with the memd at ``address`` and map the extent; blocks, at most ``deadline_s``.
 
@@ -213,8 +233,14 @@ class MemdClient:
             name: Free text that ``memd status`` shows.
             host_pages: How many pages need memory at a time, if memd has a disk for the others; 0
                 means all. What memd grants is in ``host_pages``.
+            ring: Device memory of ``landing_rows`` rows, from ``memd.cuda.export_ring``, for
+                fetched rows to land in instead of in ``landing``. It stays allocated until
+                ``is_ring_closed``; when this raises anything but ``PoolFull`` or ``RingRefused``,
+                until memd has ended.
 
         Raises:
+            RingRefused: memd cannot or will not copy into the ring; the message says why.
+            DeviceLost: The ring's device was given up meanwhile.
             MemdUnavailable: Nobody serves the address, or memd refused this process.
             MemdTimeout: memd did not answer in time.
             PoolFull: The region has no contiguous room; the message says what is free.
@@ -229,6 +255,7 @@ class MemdClient:
             deadline_s=deadline_s,
             name=name,
             host_pages=host_pages,
+            ring=ring,
         )
         return cls(
             registration, layout, num_pages=num_pages, address=address, deadline_s=deadline_s
@@ -246,6 +273,45 @@ class MemdClient:
     def is_alive(self) -> bool:
         """Whether memd was there at the last ``poll``; False for ever once lost or closed."""
         return self._lost_reason is None
+
+    @property
+    def data_path(self) -> str:
+        """How fetched rows come to the engine.
+
+        ==============  ==========================================================================
+        ``"shm"``       into ``landing``, for the processor
+        ``"pinned"``    into ``landing``, which is page-locked: the engine copies from there to its
+                        device by itself, and calls ``finish`` when the device has them
+        ``"cuda_ipc"``  into the ring on the device; memd copies
+        ==============  ==========================================================================
+        """
+        if self._has_ring:
+            return "cuda_ipc"
+        is_locked = self._page_lock is not None and self._page_lock.num_bytes > 0
+        return "pinned" if is_locked else "shm"
+
+    def page_lock(self, driver: Driver, *, device: int) -> PageLock:
+        """Page-lock ``landing``, so that copies from it to a device need no help of the processor.
+
+        The lock is the caller's, a context manager; it holds the memory, and ends before the
+        device's context does. Not yet run on a GPU.
+
+        Args:
+            driver: Initialised; a context of the device is current, as it has to be at the end.
+            device: The device's handle.
+
+        Raises:
+            CudaError: It could not be locked.
+            ValueError: There is nothing to lock, for want of rows or of an open client, or it is
+                locked already.
+        """
+        from memd.cuda.registration import PageLock
+
+        if self.data_path == "pinned":
+            raise ValueError("landing is page-locked already; close that lock first")
+        lock = PageLock(driver, self.landing.reshape(-1), device=device)
+        self._page_lock = lock
+        return lock
 
     @property
     def has_disk(self) -> bool:
@@ -390,12 +456,15 @@ class MemdClient:
                 [num_rows], any order, repetitions allowed.
 
         Returns:
-            The ticket; None when the ring has no contiguous room now, or memd is lost.
+            The ticket; None when the ring has no contiguous room now, or memd or the ring's device
+            is lost.
 
         Raises:
             ValueError: A row lies outside the pages, or there are more than memd reads at once.
         """
         if not self.is_alive or len(self._in_flight) >= _MAX_IN_FLIGHT:
+            return None
+        if self.device_lost_reason is not None:
             return None
         num_rows = int(rows.size)
         if num_rows == 0:
@@ -433,14 +502,22 @@ class MemdClient:
         """The rows of a done ticket, uint8 [num_rows, row_bytes], a view valid until ``finish``.
 
         Raises:
-            ValueError: The ticket is open, failed or finished.
+            ValueError: The ticket is open, failed or finished, or its rows are on a device, from
+                row ``landing_start`` of the ring on.
         """
+        if self._has_ring:
+            raise ValueError(
+                f"the rows are on the device, from row {ticket.landing_start} of the ring on"
+            )
         if not ticket.is_done or ticket.error is not None or ticket.is_finished:
             raise ValueError("only a done ticket without error, before finish, has rows")
         return self.landing[ticket.landing_start : ticket.landing_start + ticket.num_rows]
 
     def finish(self, ticket: FetchTicket) -> None:
         """Say that a fetch's rows are consumed or no longer wanted.
+
+        Where a device reads them, they are consumed when it *has* read them, which is later than
+        when the reading was launched.
 
         The ring space of a ticket that is still open comes back only when memd has answered it,
         because until then memd may write there.
@@ -482,8 +559,9 @@ class MemdClient:
 
         Keys: ``state`` (``"alive"``, ``"lost"``, ``"closed"``), ``lost_reason``, ``address``,
         ``pid``, ``pages``, ``host_pages``, ``pages_used``, ``landing_rows``,
-        ``landing_rows_used``, ``in_flight``, ``counters`` (this client's), ``server`` (memd's last
-        answer, keys in ``memd.metrics``; empty before the first one).
+        ``landing_rows_used``, ``data_path``, ``device_lost_reason``, ``in_flight``, ``counters``
+        (this client's), ``server`` (memd's last answer, keys in ``memd.metrics``; empty before the
+        first one).
         """
         if self.is_alive and self._stats_id is None:
             self._stats_id = self._request("stats", None, lambda i: Stats(request_id=i))
@@ -498,6 +576,8 @@ class MemdClient:
             "pages_used": self._pages_used,
             "landing_rows": self._ring.size,
             "landing_rows_used": self._ring.num_allocated,
+            "data_path": self.data_path,
+            "device_lost_reason": self.device_lost_reason,
             "in_flight": len(self._in_flight),
             "counters": dataclasses.asdict(self._counters),
             "server": self._server_stats,
@@ -527,12 +607,17 @@ class MemdClient:
             self._check_memd(timeout_s)
 
     def close(self) -> None:
-        """Say goodbye and unmap; idempotent. Arrays taken from ``pages`` must not be used after."""
+        """Say goodbye and unmap; idempotent. Arrays taken from ``pages`` must not be used after.
+
+        With a ring on a device it waits for memd to unmap that, for ``deadline_s`` at most;
+        ``is_ring_closed`` tells.
+        """
         if self._is_closed:
             return
         if self.is_alive:
+            self._has_said_goodbye = True
             self._request("goodbye", None, lambda i: Goodbye(request_id=i))
-            self.drain(_GOODBYE_WAIT_S)
+            self.drain(self._deadline_s if self._has_ring else _GOODBYE_WAIT_S)
             self._lose("closed", is_expected=True)
         self._is_closed = True
         self._channel.close()
@@ -660,6 +745,8 @@ class MemdClient:
         elif isinstance(reply, ThawReply):
             assert isinstance(ticket, ThawTicket), "checked above"
             self._on_thawed(ticket, reply)
+        elif isinstance(reply, GoodbyeReply):
+            self.is_ring_closed |= reply.is_ring_closed
         elif isinstance(reply, StatsReply):
             self._stats_id = None
             self._server_stats = reply.stats
@@ -667,11 +754,18 @@ class MemdClient:
     def _on_error(self, pending: _Pending, reply: ErrorReply) -> None:
         self._counters.errors += 1
         message = f"{reply.code}: {reply.message}"
+        if self._has_said_goodbye:
+            # Fetches that it ended; memd's answer to the goodbye itself is still to come.
+            if pending.ticket is not None:
+                self._complete(pending.ticket, message)
+            return
         _LOG.warning("memd refused a %s: %s", pending.kind, message)
         if pending.ticket is not None:
             self._complete(pending.ticket, message)
         if pending.kind == "stats":
             self._stats_id = None
+        if reply.code is ErrorCode.DEVICE_LOST:
+            self.device_lost_reason = reply.message
         if reply.code in _LOST_CODES or pending.kind in ("commit", "release", "freeze"):
             # The two sides no longer agree on who holds what.
             self._lose(f"memd refused a {pending.kind} ({message})")

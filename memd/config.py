@@ -46,6 +46,8 @@ class MemdConfig:
         disk_dir: Directory for pages that leave memory, empty for none.
         disk_bytes: Disk space for them, 0 for none; goes with ``disk_dir``.
         eviction: Which pages leave first: ``depth``, ``lru`` or ``lfu``.
+        cuda_staging_bytes: Page-locked memory for each GPU that landing rings are on, 0 for none;
+            taken out of the region for as long as there is such a ring. No ring can be longer.
         link_gbps: Rate of the interconnect to imitate, gigabits a second, 0 for none.
         link_latency_us: Its latency, microseconds, 0 for none.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -69,6 +71,7 @@ class MemdConfig:
     disk_dir: str = ""
     disk_bytes: int = 0
     eviction: str = "depth"
+    cuda_staging_bytes: int = 0
     link_gbps: float = 0.0
     link_latency_us: float = 0.0
     log_level: str = "info"
@@ -117,6 +120,7 @@ class MemdConfig:
             "0 serves no metrics",
         )
         self._check_disk()
+        self._check_cuda()
         for name, unit in (("link_gbps", "Gbit/s"), ("link_latency_us", "microseconds")):
             value = getattr(self, name)
             _require(
@@ -153,6 +157,23 @@ class MemdConfig:
             self.scrub_bytes >= 4096,
             f"scrub_bytes must be at least 4096, got {self.scrub_bytes}",
             "16 MiB are some 3 ms",
+        )
+
+    def _check_cuda(self) -> None:
+        if not self.cuda_staging_bytes:
+            return
+        _require(
+            1 << 20 <= self.cuda_staging_bytes < self.region_bytes,
+            f"--cuda-staging-bytes must be 0, or at least 1 MiB and less than --bytes, got "
+            f"{self.cuda_staging_bytes}",
+            "the bytes of the longest landing ring are enough, twice that is better; 0 copies to "
+            "no GPU",
+        )
+        _require(
+            not (self.link_gbps or self.link_latency_us),
+            "--link-gbps and --link-latency-us do not go with --cuda-staging-bytes, whose link is "
+            "a real one",
+            "leave one of them out",
         )
 
     def _check_disk(self) -> None:

@@ -57,6 +57,7 @@ def frame(before: Sample | None, now: Sample) -> RenderableType:
         _pool(stats["region"]),
         *_disk(stats),
         _fetches(change),
+        *_devices(stats.get("cuda", {}), change),
         Text(),
         _latencies(change),
         Text(),
@@ -100,6 +101,14 @@ class _Change:
     def rate(self, name: str) -> float:
         """Growth of a field of ``counters`` a second."""
         return self.counter(name) / self.span_s
+
+    def cuda_counter(self, name: str) -> int:
+        """Growth of a counter of ``cuda``, which both samples may lack."""
+        before, now = (
+            int(stats.get("cuda", {}).get("counters", {}).get(name, 0))
+            for stats in (self._before, self._now)
+        )
+        return now - before
 
     def buckets(self, tags: Iterable[str]) -> list[tuple[int, int]]:
         """Durations of some kinds of requests, as ``memd.histogram.Buckets``."""
@@ -156,6 +165,25 @@ def _fetches(change: _Change) -> RenderableType:
         f"{_rate(change.rate('bytes_fetched'))} ({_rate(while_gathering)} while gathering, "
         f"{gather_s / change.span_s:.0%} of the time)"
     )
+
+
+def _devices(cuda: dict[str, Any], change: _Change) -> list[RenderableType]:
+    """A line for each GPU that memd holds something of, and one for all copies if there are any."""
+    devices = cuda.get("devices", [])
+    if not devices:
+        return []
+    lines: list[RenderableType] = [
+        Text(f"to GPUs {_rate(change.cuda_counter('bytes_copied') / change.span_s)}")
+    ]
+    for device in devices:
+        told = (
+            f"{device['uuid']}: {device['rings']} ring(s), {device['copies']} copies under way, "
+            f"{format_bytes(device['staging_bytes_used'])} of "
+            f"{format_bytes(device['staging_bytes'])} staging"
+        )
+        lost = device["lost_reason"]
+        lines.append(Text(told if lost is None else f"{device['uuid']}: lost, {lost}"))
+    return lines
 
 
 def _latencies(change: _Change) -> RenderableType:

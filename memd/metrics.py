@@ -12,10 +12,15 @@ Keys of the answer (all counts since the daemon started, sizes in bytes, times i
                ``pages_reserved``, ``pages_sealed``, ``pages_frozen``, ``pages_leaving`` (released,
                but read by a fetch), ``page_bytes``, ``extent_bytes``, ``memory_bytes`` (promised),
                ``memory_pages``, ``disk_pages``, ``lost_pages`` (where pages are), ``landing_rows``,
-               ``pending_bytes`` (still to be copied), ``silent_s`` (since its last request)
+               ``pending_bytes`` (still to be copied), ``silent_s`` (since its last request),
+               ``data_path`` (where fetched rows land: ``host`` or ``cuda_ipc``)
 ``disk``       only with one: ``bytes``, ``free_bytes``, ``quarantined_bytes`` (found bad),
                ``pages``, ``is_writable``, ``is_readable``, ``eviction``, and the fields of
                ``memd.tiers.disk.DiskCounters`` (``puts``: spilled, ``gets``: promoted, ...)
+``cuda``       only with ``--cuda-staging-bytes``: ``counters``, the fields of ``CudaCounters`` of
+               ``memd.transfer.cuda_ipc``, and ``devices``, of which memd holds something now, one
+               map each: ``uuid``, ``rings``, ``copies`` (under way), ``staging_bytes``,
+               ``staging_bytes_used``, ``lost_reason`` (None as long as it works)
 ``counters``   the fields of ``Counters``
 ``requests``   answered requests by tag
 ``errors``     refused requests by ``ErrorCode``

@@ -43,6 +43,23 @@ _COUNTERS: dict[str, tuple[str, float, str]] = {
     "bytes_zeroed": ("memd_zeroed_bytes_total", 1, "Bytes zeroed for the next client."),
 }
 
+# Field of `memd.transfer.cuda_ipc.CudaCounters`: the same.
+_CUDA_COUNTERS: dict[str, tuple[str, float, str]] = {
+    "rings_opened": ("memd_cuda_rings_opened_total", 1, "Rings on GPUs that were mapped."),
+    "rings_failed": ("memd_cuda_rings_failed_total", 1, "Rings that could not be mapped."),
+    "rings_lost": ("memd_cuda_rings_lost_total", 1, "Rings that went with their GPU."),
+    "copies_done": ("memd_cuda_copies_total", 1, "Copies that landed on a GPU."),
+    "copies_lost": ("memd_cuda_copies_lost_total", 1, "Copies that went with their GPU."),
+    "copies_cancelled": ("memd_cuda_copies_cancelled_total", 1, "Copies of clients that left."),
+    "bytes_copied": ("memd_cuda_copied_bytes_total", 1, "Bytes that landed on a GPU."),
+    "copy_ns": ("memd_cuda_copy_seconds_total", 1e-9, "From slot to landing, summed over copies."),
+    "waits_for_slot": (
+        "memd_cuda_slot_waits_total",
+        1,
+        "Times that a fetch found no room in the staging memory.",
+    ),
+}
+
 _REGION = {
     "bytes": "Size of the region.",
     "ready_bytes": "Bytes of the region that are allocated, while it is made.",
@@ -91,6 +108,8 @@ def render(stats: dict[str, Any], *, age_s: float) -> str:
         if "disk" in stats:
             kind = "counter" if name.endswith("_total") else "gauge"
             page.one(name, kind, text, int(stats["disk"][key]) * unit)
+    if "cuda" in stats:
+        _cuda(page, stats["cuda"])
     for field, value in stats.get("counters", {}).items():
         if field in _COUNTERS:
             name, unit, text = _COUNTERS[field]
@@ -156,6 +175,23 @@ def _clients(page: _Page, clients: list[dict[str, Any]]) -> None:
         for place in ("memory", "disk", "lost")
     ]
     page.family("memd_pages_by_place", "gauge", "Pages of all clients by place.", places)
+
+
+def _cuda(page: _Page, cuda: dict[str, Any]) -> None:
+    devices = cuda["devices"]
+    for name, text, key in (
+        ("memd_cuda_rings", "Rings on GPUs that are mapped.", "rings"),
+        ("memd_cuda_copies_under_way", "Copies that have not landed.", "copies"),
+        ("memd_cuda_staging_bytes", "Page-locked memory for copies.", "staging_bytes"),
+        ("memd_cuda_staging_used_bytes", "Of it in use.", "staging_bytes_used"),
+    ):
+        page.one(name, "gauge", text, sum(device[key] for device in devices))
+    num_lost = sum(device["lost_reason"] is not None for device in devices)
+    page.one("memd_cuda_devices_lost", "gauge", "GPUs that were given up.", num_lost)
+    for field, value in cuda["counters"].items():
+        if field in _CUDA_COUNTERS:
+            name, unit, text = _CUDA_COUNTERS[field]
+            page.one(name, "counter", text, value * unit)
 
 
 def _requests(page: _Page, stats: dict[str, Any]) -> None:

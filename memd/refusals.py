@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from memd.cuda.errors import DeviceLost, RingRefused
 from memd.errors import PoolFull, ProtocolError
 from memd.protocol import ErrorCode, ErrorReply
 from memd.store import OutOfRange, WrongState
@@ -24,6 +25,8 @@ _CODES: dict[type[Exception], ErrorCode] = {
     PoolFull: ErrorCode.POOL_FULL,
     OutOfRange: ErrorCode.OUT_OF_RANGE,
     WrongState: ErrorCode.WRONG_STATE,
+    RingRefused: ErrorCode.DEVICE_REFUSED,
+    DeviceLost: ErrorCode.DEVICE_LOST,
 }
 
 

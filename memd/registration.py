@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memd.channel import Channel, ZmqChannel, attach
+from memd.cuda.errors import DeviceLost, RingRefused
 from memd.endpoint import Endpoint
 from memd.errors import MemdError, MemdTimeout, MemdUnavailable, PoolFull, ProtocolError
 from memd.protocol import (
     PROTOCOL_VERSION,
+    DeviceRing,
     ErrorCode,
     ErrorReply,
     Hello,
@@ -29,6 +31,8 @@ from memd.protocol import (
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from memd.cuda.ring import RingHandle
+
 __all__ = ["Registration", "register"]
 
 _MADV_POPULATE_WRITE = 23
@@ -37,6 +41,8 @@ _MADV_POPULATE_WRITE = 23
 _ERRORS: dict[ErrorCode, type[MemdError]] = {
     ErrorCode.POOL_FULL: PoolFull,
     ErrorCode.DRAINING: MemdUnavailable,
+    ErrorCode.DEVICE_REFUSED: RingRefused,
+    ErrorCode.DEVICE_LOST: DeviceLost,
 }
 
 
@@ -66,6 +72,7 @@ def register(
     deadline_s: float,
     name: str,
     host_pages: int = 0,
+    ring: RingHandle | None = None,
 ) -> Registration:
     """Register with the memd at ``address``; see ``MemdClient.connect``."""
     if num_pages < 1 or landing_rows < 0:
@@ -74,6 +81,11 @@ def register(
         )
     if not 0 <= host_pages <= num_pages:
         raise ValueError(f"host_pages must be 0 to num_pages ({num_pages}), got {host_pages}")
+    if ring is not None and ring.num_bytes != landing_rows * layout.row_bytes:
+        raise ValueError(
+            f"a ring of {landing_rows} rows has {landing_rows * layout.row_bytes} bytes, got "
+            f"{ring.num_bytes}"
+        )
     endpoint = Endpoint.parse(address)
     deadline = time.monotonic() + deadline_s
     connection, welcome, region_fd = attach(endpoint, deadline_s)
@@ -90,9 +102,10 @@ def register(
         pid=os.getpid(),
         layout=layout,
         num_pages=num_pages,
-        landing_bytes=landing_rows * layout.row_bytes,
+        landing_bytes=0 if ring is not None else landing_rows * layout.row_bytes,
         name=name,
         host_pages=host_pages,
+        ring=None if ring is None else _as_message(ring),
     )
     try:
         hello = _say_hello(channel, request, deadline=deadline)
@@ -123,6 +136,12 @@ def _say_hello(channel: Channel, hello: Hello, *, deadline: float) -> HelloReply
         raise _ERRORS.get(reply.code, ProtocolError)(reply.message)
     if not isinstance(reply, HelloReply):
         raise ProtocolError(f"memd answered Hello with {type(reply).__name__}")
+    data_path = "host" if hello.ring is None else "cuda_ipc"
+    if reply.data_path != data_path:
+        raise ProtocolError(
+            f"memd has the data path {reply.data_path!r} where this client has {data_path!r}; run "
+            "the same release on both sides, or connect without a ring"
+        )
     expected = (PROTOCOL_VERSION, hello.layout.row_bytes, hello.layout.page_bytes)
     if (reply.version, reply.row_bytes, reply.page_bytes) != expected:
         raise ProtocolError(
@@ -130,6 +149,15 @@ def _say_hello(channel: Channel, hello: Hello, *, deadline: float) -> HelloReply
             f"{(reply.version, reply.row_bytes, reply.page_bytes)}, this client as {expected}"
         )
     return reply
+
+
+def _as_message(ring: RingHandle) -> DeviceRing:
+    return DeviceRing(
+        handle=ring.handle,
+        base_offset=ring.base_offset,
+        num_bytes=ring.num_bytes,
+        device_uuid=ring.device_uuid,
+    )
 
 
 def _map_extent(
@@ -146,13 +174,15 @@ def _map_extent(
         ProtocolError: The numbers do not describe the extent that was asked for.
     """
     size = os.fstat(region_fd).st_size
+    # A ring on a device is none of the extent's.
+    ring_bytes = hello.landing_rows * layout.row_bytes if hello.data_path == "host" else 0
     fits = (
         size == region_bytes
         and hello.extent_offset % mmap.ALLOCATIONGRANULARITY == 0
         and 0 <= hello.extent_offset <= hello.extent_offset + hello.extent_bytes <= size
         and num_pages * layout.page_bytes <= hello.landing_offset
         and hello.landing_rows == landing_rows
-        and hello.landing_offset + hello.landing_rows * layout.row_bytes <= hello.extent_bytes
+        and hello.landing_offset + ring_bytes <= hello.extent_bytes
         and 0 <= hello.host_pages <= num_pages
         and hello.row_index_bytes == layout.row_index_bytes(num_pages)
     )

@@ -30,6 +30,7 @@ import zmq
 
 from memd import heap
 from memd.attachments import Attachments
+from memd.cuda.driver import load_driver
 from memd.endpoint import Endpoint, EndpointLock, private_directory
 from memd.errors import ConfigError
 from memd.lifecycle import Lifecycle
@@ -39,6 +40,7 @@ from memd.liveness import ProcessWatch
 from memd.noticeboard import Noticeboard
 from memd.numa import choose_nodes, read_nodes, running_cpu
 from memd.region import Region
+from memd.rings import Rings
 from memd.service import Service
 from memd.sizes import format_bytes
 from memd.store import Store
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from memd.config import MemdConfig
+    from memd.cuda.driver import Driver
     from memd.numa import Node
 
 __all__ = ["Progress", "Server", "serve"]
@@ -66,6 +69,8 @@ _MAX_QUEUED_REPLIES = 100_000
 _LINGER_MS = 500
 # What a scraper sees is at most twice this old.
 _NOTICE_INTERVAL_S = 0.5
+# For copies under way and the end of a context; who hangs longer is left to the end of the process.
+_STOP_RINGS_S = 5.0
 
 
 def _no_progress(num_ready: int, num_bytes: int) -> None:
@@ -81,6 +86,7 @@ class Server:
     Args:
         config: Settings.
         progress: Called while the region is made.
+        load_cuda: Gives the CUDA driver, on another thread, once a client has a ring on a device.
 
     Raises:
         ConfigError: On entering: the address, the host's memory, its NUMA nodes or the metrics port
@@ -88,9 +94,16 @@ class Server:
         InterruptedError: On entering: told to stop while the region was made.
     """
 
-    def __init__(self, config: MemdConfig, *, progress: Progress = _no_progress) -> None:
+    def __init__(
+        self,
+        config: MemdConfig,
+        *,
+        progress: Progress = _no_progress,
+        load_cuda: Callable[[], Driver] = load_driver,
+    ) -> None:
         self._config = config
         self._progress = progress
+        self._load_cuda = load_cuda
         self._endpoint = Endpoint.parse(config.address)
         self._lifecycle = Lifecycle(config.drain_s)
         # Only with a metrics port: without readers there is nothing to wake up for.
@@ -175,6 +188,8 @@ class Server:
         if self._parent is not None and self._parent.fileno() is not None:
             self._poller.register(self._parent.fileno(), zmq.POLLIN)
         self._listen(stack)
+        # First of all that ends: clients take the end of their connection for memd's own.
+        stack.callback(self._stop_rings)
         if self._should_stop():
             raise InterruptedError("stopped when it was about to listen")
         self._lifecycle.ready()
@@ -203,7 +218,8 @@ class Server:
             memory_bytes=region.memory_bytes,
             disk_bytes=0 if disk is None else disk.num_bytes,
         )
-        runner = ThreadRunner(self._on_page_moved)
+        runner = ThreadRunner(self._on_news)
+        tiers = None if disk is None else self._make_tiers(disk, runner)
         self._service = Service(
             self._store,
             stack.enter_context(HostTransfer(region.memory)),
@@ -211,7 +227,8 @@ class Server:
             delay=_link(config),
             max_client_bytes=config.client_bytes,
             max_frame_bytes=config.max_frame_bytes,
-            tiers=None if disk is None else self._make_tiers(disk, runner),
+            tiers=tiers,
+            rings=self._make_rings(tiers),
         )
         stack.callback(self._drop_service)
         # Ends before the service does, which it tells its news.
@@ -240,10 +257,28 @@ class Server:
             run=runner,
         )
 
-    def _on_page_moved(self) -> None:
-        """Called on the disk's thread."""
-        self._service.note_news()
+    def _make_rings(self, tiers: Tiers | None) -> Rings | None:
+        if not self._config.cuda_staging_bytes:
+            return None
+        return Rings(
+            self._store,
+            self._region.memory,
+            staging_bytes=self._config.cuda_staging_bytes,
+            fill=None if tiers is None else tiers.fill,
+            load=self._load_cuda,
+            notify=self._on_news,
+        )
+
+    def _on_news(self) -> None:
+        """Called on the disk's thread, and on those of devices."""
+        # A device's thread that hung may come back when there is nobody left.
+        with contextlib.suppress(AttributeError):
+            self._service.note_news()
         self._wake()
+
+    def _stop_rings(self) -> None:
+        for sender, reply in self._service.stop_rings(_STOP_RINGS_S):
+            self._send(sender, reply)
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         endpoint, config = self._endpoint, self._config
@@ -341,7 +376,7 @@ class Server:
                     self._config.drain_s,
                     extra={"clients": num_clients},
                 )
-        lifecycle.check(num_clients)
+        lifecycle.check(num_clients + self._service.num_leaving_rings)
 
     def _post_notice(self) -> None:
         """Let the metrics port know what there is, twice a second."""

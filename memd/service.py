@@ -2,10 +2,11 @@
 
 The server hands in frames and gets exactly one reply frame for each: at once, or from a later
 `step` for a request that waits. A fetch waits while others are copied (`memd.fetches`), a ``Hello``
-while memory is zeroed for it, and with pages on disk whatever needs them in memory
-(`memd.turns`). Sessions tie a ZeroMQ connection to a process: the server opens one when a process
-attaches and closes it when that process is gone, and a ``Hello`` must name an open session. So from
-the first byte of a client's memory on, somebody watches it.
+while memory is zeroed for it or a ring mapped, a ``Goodbye`` while one is unmapped, and with pages
+on disk whatever needs them in memory (`memd.turns`). Sessions tie a ZeroMQ connection to a process:
+the server opens one when a process attaches and closes it when that process is gone, and a
+``Hello`` must name an open session. So from the first byte of a client's memory on, somebody
+watches it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from memd.copying import CopyJob
+from memd.cuda.errors import DeviceLost, RingRefused
 from memd.errors import IntegrityError, PoolFull
+from memd.fetches import Ended, FetchEnd, Fetches
 from memd.fetches import Fetch as PinnedFetch
-from memd.fetches import Fetches
 from memd.lifecycle import DaemonState
 from memd.metrics import Metrics
 from memd.protocol import (
@@ -57,6 +59,7 @@ from memd.protocol import (
     encode,
 )
 from memd.refusals import MAX_MESSAGE_CHARS, Refusals, Refused, printable
+from memd.rings import RingPhase
 from memd.store import ClientRecord, OutOfRange, PageState, Store
 from memd.tiers import BLOCK_BYTES, Progress, tier_stats
 from memd.turns import Turn, Wait, WaitingRoom
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from memd.copying import Delay
+    from memd.rings import ClientRing, Rings
     from memd.tiers import ClientTier, Tiers
     from memd.transfer import Transfer
 
@@ -93,6 +97,7 @@ class _Session:
         connection: ZeroMQ routing id that said ``Hello``, None before.
         record: Its registration, None before ``Hello`` is answered and after ``Goodbye``.
         tier: Where its pages are; None if all of them are in memory.
+        ring: Where its fetched rows go; None if that is its extent's landing ring.
         heard_at: When it asked for something last, seconds of the clock.
     """
 
@@ -100,6 +105,7 @@ class _Session:
     connection: bytes | None = None
     record: ClientRecord | None = None
     tier: ClientTier | None = None
+    ring: ClientRing | None = None
     heard_at: float = 0.0
 
 
@@ -127,6 +133,7 @@ class Service:
         max_client_bytes: Largest extent of one client; 0 means the region's size.
         max_frame_bytes: Longest request that is read.
         tiers: The disk below the region's memory; by default there is none.
+        rings: Landing rings on devices; by default clients may have none.
         clock: Monotonic seconds; injected by tests.
 
     Attributes:
@@ -144,6 +151,7 @@ class Service:
         max_client_bytes: int = 0,
         max_frame_bytes: int = 16 << 20,
         tiers: Tiers | None = None,
+        rings: Rings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = Metrics()
@@ -154,8 +162,11 @@ class Service:
         self._max_frame_bytes = max_frame_bytes
         self._clock = clock
         self._tiers = tiers
-        self._fetches = Fetches(transfer, delay=delay, clock=clock)
+        self._rings = rings
         self._room: WaitingRoom[Reply | None] = WaitingRoom()
+        self._fetches = Fetches(
+            transfer, delay=delay, clock=clock, rings=rings, on_room=self._room.wake
+        )
         self._has_news = False
         # Connections whose Hello waits.
         self._greeting: set[bytes] = set()
@@ -240,8 +251,17 @@ class Service:
         return bool(self._outbox) or self._fetches.has_work or self._has_news or self._room.has_work
 
     def next_due(self) -> float | None:
-        """When `step` will have a reply that is held back, seconds of the clock; None if never."""
-        return self._fetches.next_due()
+        """When `step` has something to do that nobody will tell of, in seconds of the clock.
+
+        That is a reply which is held back, or a look at devices; None if there is none.
+        """
+        dues = [self._fetches.next_due(), None if self._rings is None else self._rings.next_due()]
+        return min((due for due in dues if due is not None), default=None)
+
+    @property
+    def num_leaving_rings(self) -> int:
+        """Rings that somebody waits for to be closed."""
+        return 0 if self._rings is None else self._rings.num_closing
 
     def step(self) -> list[tuple[bytes, bytes]]:
         """Copy for one client's turn, and let one request that waits go on.
@@ -249,20 +269,54 @@ class Service:
         Returns:
             Replies that may go now, as (ZeroMQ routing id, frame).
         """
-        if self._has_news:
+        rings_due = None if self._rings is None else self._rings.next_due()
+        if self._has_news or (rings_due is not None and self._clock() >= rings_due):
             # First, so that news which comes meanwhile is not forgotten.
             self._has_news = False
             self._room.wake()
             self._end_leaving()
-        for fetch, is_copied in self._fetches.step():
-            self._answer_fetch(fetch, is_copied=is_copied)
-            # It has unpinned pages.
-            self._room.wake()
+            self._follow_rings()
+        for ended in self._fetches.step():
+            self._answer_fetch(ended)
         turn = self._room.step()
         if turn is not None:
             self._answer_turn(turn)
         replies, self._outbox = self._outbox, []
         return replies
+
+    def stop_rings(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
+        """Write to no device any more, and unmap all rings, for memd's end; blocks within a bound.
+
+        Clients are not told, but for those that wait for their ring to be closed.
+
+        Returns:
+            Their replies, as `step` gives them.
+        """
+        if self._rings is None:
+            return []
+        for session in self._connections.values():
+            if session.ring is not None and session.record is not None:
+                # Nothing is to be gathered into a slot that has been given back.
+                self._fetches.cancel(session.record.client_id)
+        if not self._rings.stop(timeout_s):
+            _LOG.warning("a device did not let go of its rings in %g s", timeout_s)
+        self._room.wake()
+        for _ in range(len(self._sessions) + len(self._connections)):
+            turn = self._room.step()
+            if turn is not None:
+                self._answer_turn(turn)
+        replies, self._outbox = self._outbox, []
+        return replies
+
+    def _follow_rings(self) -> None:
+        """See what devices have done."""
+        if self._rings is None:
+            return
+        for event in self._rings.poll():
+            for ended in self._fetches.follow(event):
+                self._answer_fetch(ended)
+        # A slot may be free without an event, when it was of a client that is gone.
+        self._room.wake()
 
     def _begin(self, connection: bytes, request: Request) -> Reply | _Steps | None:
         """What a request is answered with, now or in some steps."""
@@ -303,20 +357,26 @@ class Service:
             return
         self._outbox.append((turn.connection, encode(reply)))
 
-    def _answer_fetch(self, fetch: PinnedFetch, *, is_copied: bool) -> None:
+    def _answer_fetch(self, ended: Ended) -> None:
         """Put the reply of a fetch that was copied in turn where `step` gives it out."""
-        if is_copied:
-            reply: Reply = self._fetched(fetch.request_id, fetch.job)
+        fetch = ended.fetch
+        if ended.end is FetchEnd.LANDED:
+            reply: Reply = self._fetched(fetch.request_id, fetch.job, ended.copy_ns)
             self.metrics.answered(_tag(Fetch), time.perf_counter_ns() - fetch.begun_ns)
+        elif ended.end is FetchEnd.DEVICE_LOST:
+            assert fetch.ring is not None, "only a ring has a device"
+            reply = self._refusals.of(fetch.request_id, fetch.ring.lost())
         else:
             text = "memd failed to copy; see its log"
             reply = self._refusals.make(fetch.request_id, ErrorCode.INTERNAL, text)
         self._outbox.append((fetch.connection, encode(reply)))
 
-    def _fetched(self, request_id: int, job: CopyJob) -> FetchReply:
+    def _fetched(self, request_id: int, job: CopyJob, copy_ns: int = 0) -> FetchReply:
         num_rows = len(job.rows)
         self.metrics.fetched(num_rows=num_rows, num_bytes=job.num_bytes, gather_ns=job.copy_ns)
-        return FetchReply(request_id=request_id, num_rows=num_rows, gather_ns=job.copy_ns)
+        return FetchReply(
+            request_id=request_id, num_rows=num_rows, gather_ns=job.copy_ns, copy_ns=copy_ns
+        )
 
     def tidy(self, max_bytes: int) -> bool:
         """Do a bit of what nobody waits for: zero memory, make room; True when more is left."""
@@ -346,6 +406,8 @@ class Service:
             self._store.check_integrity()
             self._fetches.check_integrity()
             self._room.check_integrity()
+            if self._rings is not None:
+                self._rings.check_integrity()
             self._check_tiers()
             integrity = "ok"
         except IntegrityError as error:
@@ -391,7 +453,8 @@ class Service:
                     "extent_bytes": record.extent_bytes,
                     "memory_bytes": record.memory_bytes,
                     **tier_stats(tiers.get(record.client_id), record.pages.num_pages),
-                    "landing_rows": record.landing_rows,
+                    "landing_rows": _landing_rows(record, sessions[record.client_id].ring),
+                    "data_path": _data_path(sessions[record.client_id].ring),
                     "pending_bytes": self._fetches.pending_bytes(record.client_id),
                     "silent_s": round(now - sessions[record.client_id].heard_at, 3),
                 }
@@ -399,6 +462,7 @@ class Service:
                 if record.client_id in sessions
             ],
             **({} if self._tiers is None else {"disk": self._tiers.stats()}),
+            **({} if self._rings is None else {"cuda": self._rings.stats()}),
             **self.metrics.snapshot(),
             "integrity": integrity,
         }
@@ -419,13 +483,17 @@ class Service:
         record, tier, connection = session.record, session.tier, session.connection
         assert record is not None, "only registered sessions end"
         assert connection is not None, "a registration has a connection"
-        session.record = session.tier = None
+        session.record = session.tier = session.ring = None
         if tier is not None:
             tier.mover.end()
         self._dismiss(connection)
-        # Before its memory can be anybody else's.
+        # Before its memory can be anybody else's, and its slots.
         for fetch in self._fetches.cancel(record.client_id):
             self._refuse_gone(connection, fetch.request_id)
+        if self._rings is not None:
+            self._rings.close(record.client_id)
+            # Slots may be free, and its ring closed.
+            self._has_news = True
         if tier is None or tier.close():
             self._store.unregister(record.client_id)
         else:
@@ -462,6 +530,7 @@ class Service:
     def _hello(self, connection: bytes, request: Hello) -> _Steps:
         session = self._session_for(connection, request)
         layout = request.layout
+        ring = self._read_ring(request)
         landing_rows, rest = divmod(request.landing_bytes, layout.row_bytes)
         if rest:
             raise Refused(
@@ -490,26 +559,30 @@ class Service:
         self._greeting.add(connection)
         try:
             record = yield from self._register(session, request, host_pages, landing_rows)
-        except PoolFull:
+            if ring is not None:
+                yield from self._open_ring(record, ring)
+        except (PoolFull, RingRefused, DeviceLost):
             session.connection = None
             del self._connections[connection]
             raise
         finally:
             self._greeting.discard(connection)
-        session.record = record
+        session.record, session.ring = record, ring
         if self._tiers is not None and record.host_pages < request.num_pages:
             session.tier = self._tiers.attach(record)
         session.heard_at = self._clock()
         self.metrics.counters.clients_registered += 1
         _LOG.info(
-            "client %d (pid %d, %s): %d pages of %d bytes, %d of them in memory, %d landing rows",
+            "client %d (pid %d, %s): %d pages of %d bytes, %d of them in memory, %d landing rows "
+            "(%s)",
             record.client_id,
             record.pid,
             record.name or "no name",
             request.num_pages,
             layout.page_bytes,
             record.host_pages,
-            landing_rows,
+            _landing_rows(record, ring),
+            _data_path(ring),
             extra=_fields(record),
         )
         return HelloReply(
@@ -519,13 +592,43 @@ class Service:
             extent_offset=record.extent_offset,
             extent_bytes=record.extent_bytes,
             landing_offset=record.landing_offset,
-            landing_rows=record.landing_rows,
+            landing_rows=_landing_rows(record, ring),
             row_bytes=layout.row_bytes,
             page_bytes=layout.page_bytes,
             row_index_bytes=layout.row_index_bytes(request.num_pages),
             max_frame_bytes=self._max_frame_bytes,
             host_pages=record.host_pages,
+            data_path=_data_path(ring),
         )
+
+    def _read_ring(self, request: Hello) -> ClientRing | None:
+        """The ring that a ``Hello`` names, checked; None if it names none."""
+        if request.ring is None:
+            return None
+        if self._rings is None:
+            raise Refused(
+                ErrorCode.DEVICE_REFUSED,
+                "this memd copies to no device: start it with --cuda-staging-bytes, at least the "
+                "bytes of the longest landing ring, or connect without a ring",
+            )
+        if request.landing_bytes:
+            raise Refused(
+                ErrorCode.OUT_OF_RANGE,
+                f"landing_bytes must be 0 with a ring, which is in its place, got "
+                f"{request.landing_bytes}",
+            )
+        return self._rings.read(request.ring, request.layout.row_bytes)
+
+    def _open_ring(self, record: ClientRecord, ring: ClientRing) -> Generator[Wait, None, None]:
+        """Map a new client's ring; the extent goes back if that is not to be."""
+        assert self._rings is not None, "they have read the ring"
+        is_open = False
+        try:
+            yield from self._rings.open(record.client_id, ring, self.scrub)
+            is_open = True
+        finally:
+            if not is_open:
+                self._store.unregister(record.client_id)
 
     def _session_for(self, connection: bytes, request: Hello) -> _Session:
         """The session that a ``Hello`` may open."""
@@ -636,7 +739,7 @@ class Service:
             progress = tier.mover.bring(page_ids)
             if progress is Progress.DONE:
                 return True
-            if progress is Progress.STUCK and not self._fetches.num_of(record.client_id):
+            if progress is Progress.STUCK and not self._fetches.is_reading(record.client_id):
                 return False
             yield Wait.TURN if progress is Progress.MOVED else Wait.EVENT
 
@@ -649,47 +752,77 @@ class Service:
         return CommitReply(request_id=request.request_id)
 
     def _fetch(self, connection: bytes, request: Fetch) -> Reply | _Steps | None:
-        record, tier = self._record(connection), self._connections[connection].tier
-        job, page_ids = self._read_fetch(record, request)
-        if tier is None and self._fetches.copy_now(job):
+        record, session = self._record(connection), self._connections[connection]
+        tier, ring = session.tier, session.ring
+        if ring is not None:
+            ring.require_open()
+        job, page_ids = self._read_fetch(record, request, ring)
+        if tier is None and ring is None and self._fetches.copy_now(job):
             return self._fetched(request.request_id, job)
         in_flight = self._fetches.num_of(record.client_id) + self._room.num_waiting(connection)
         if in_flight >= MAX_FETCHES_IN_FLIGHT:
             raise _too_many()
-        fetch = PinnedFetch(connection, request.request_id, record, tier, job, page_ids)
+        fetch = PinnedFetch(
+            connection,
+            request.request_id,
+            record,
+            tier,
+            job,
+            page_ids,
+            ring,
+            ring_offset=request.landing_row * record.layout.row_bytes,
+        )
         fetch.pin()
-        if tier is not None:
-            return self._fetch_in_memory(fetch, tier)
+        if tier is not None or ring is not None:
+            return self._fetch_in_steps(fetch)
         self._fetches.submit(fetch)
         return None
 
-    def _fetch_in_memory(self, fetch: PinnedFetch, tier: ClientTier) -> _Steps:
-        """Bring a pinned fetch's pages to memory and have it copied."""
-        # Here and not before: what waits behind others must not keep its pages in memory.
-        fetch.hold()
-        is_submitted = False
+    def _fetch_in_steps(self, fetch: PinnedFetch) -> _Steps:
+        """Bring a pinned fetch's pages to memory, get it a slot, and have it copied."""
+        tier, ring = fetch.tier, fetch.ring
+        if tier is not None:
+            # Here and not before: what waits behind others must not keep its pages in memory.
+            fetch.hold()
+        is_handed_over = False
         try:
-            if not (yield from self._bring(fetch.record, tier, fetch.page_ids)):
-                raise _no_room("the fetch", fetch.page_ids, tier)
-            lost = tier.pages.lost_among(fetch.page_ids)
-            if lost.size:
-                raise Refused(
-                    ErrorCode.PAGE_LOST,
-                    f"page {int(lost[0])} did not come back from disk as it went"
-                    + (f", and {lost.size - 1} more did not" if lost.size > 1 else "")
-                    + "; release it and compute it again",
-                )
-            if self._fetches.copy_now(fetch.job):
+            if tier is not None:
+                yield from self._bring_for(fetch, tier)
+            if ring is not None:
+                ring.require_open()
+                while not self._fetches.stage(fetch):
+                    yield Wait.EVENT
+                    ring.require_open()
+            if not self._fetches.copy_now(fetch.job):
+                self._fetches.submit(fetch)
+                is_handed_over = True
+                return None
+            if ring is None:
                 return self._fetched(fetch.request_id, fetch.job)
-            self._fetches.submit(fetch)
-            is_submitted = True
+            is_handed_over = True
+            for ended in self._fetches.send(fetch):
+                self._answer_fetch(ended)
             return None
         finally:
-            if not is_submitted:
+            if not is_handed_over:
                 fetch.unpin()
+                self._fetches.unstage(fetch)
+
+    def _bring_for(self, fetch: PinnedFetch, tier: ClientTier) -> Generator[Wait, None, None]:
+        """Bring the pages of a fetch to memory."""
+        if not (yield from self._bring(fetch.record, tier, fetch.page_ids)):
+            raise _no_room("the fetch", fetch.page_ids, tier)
+        lost = tier.pages.lost_among(fetch.page_ids)
+        if lost.size:
+            raise Refused(
+                ErrorCode.PAGE_LOST,
+                f"page {int(lost[0])} did not come back from disk as it went"
+                + (f", and {lost.size - 1} more did not" if lost.size > 1 else "")
+                + "; release it and compute it again",
+            )
 
     def _read_fetch(
-        self, record: ClientRecord, request: Fetch
+        self, record: ClientRecord, request: Fetch, ring: ClientRing | None
     ) -> tuple[CopyJob, npt.NDArray[np.int64]]:
         """What a fetch asks for, checked, and the pages that it reads, each once."""
         layout, num_pages = record.layout, record.pages.num_pages
@@ -700,10 +833,11 @@ class Service:
                 ErrorCode.MALFORMED,
                 f"rows must hold {width}-byte indices, got {len(request.rows)} bytes",
             )
-        if request.landing_row + num_rows > record.landing_rows:
+        landing_rows = _landing_rows(record, ring)
+        if request.landing_row + num_rows > landing_rows:
             raise OutOfRange(
                 f"rows {request.landing_row}..+{num_rows} leave the landing ring of "
-                f"{record.landing_rows} rows"
+                f"{landing_rows} rows"
             )
         raw = np.frombuffer(request.rows, dtype=f"<u{width}")
         if num_rows and int(raw.max()) >= num_pages * layout.rows_per_page:
@@ -716,6 +850,7 @@ class Service:
         is_read[raw // raw.dtype.type(layout.rows_per_page)] = True
         page_ids = np.flatnonzero(is_read)
         record.pages.require_readable(page_ids)
+        # With a ring on a device it is the slot that says where they go first.
         landing = record.extent_offset + record.landing_offset
         job = CopyJob(
             client_id=record.client_id,
@@ -785,13 +920,23 @@ class Service:
         del connection
         return Pong(request_id=request.request_id)
 
-    def _goodbye(self, connection: bytes, request: Goodbye) -> Reply:
-        record = self._record(connection)
+    def _goodbye(self, connection: bytes, request: Goodbye) -> Reply | _Steps:
+        record, ring = self._record(connection), self._connections[connection].ring
         self._end_registration(self._connections[connection])
         _LOG.info(
             "client %d (pid %d) said goodbye", record.client_id, record.pid, extra=_fields(record)
         )
+        if ring is not None:
+            return self._wait_for_close(ring, request)
         return GoodbyeReply(request_id=request.request_id)
+
+    def _wait_for_close(self, ring: ClientRing, request: Goodbye) -> _Steps:
+        """Answer a ``Goodbye`` once the ring is its owner's again, or its device is lost."""
+        while not ring.is_over:
+            yield Wait.EVENT
+        return GoodbyeReply(
+            request_id=request.request_id, is_ring_closed=ring.phase is RingPhase.CLOSED
+        )
 
     _HANDLERS: ClassVar[dict[type[Request], _Handler]] = {
         Hello: _hello,
@@ -808,6 +953,16 @@ class Service:
 
     if set(_HANDLERS) != set(REQUEST_TYPES):
         raise ImportError("every request type needs exactly one handler")
+
+
+def _landing_rows(record: ClientRecord, ring: ClientRing | None) -> int:
+    """Rows of a client's landing ring, wherever it is."""
+    return record.landing_rows if ring is None else ring.num_rows
+
+
+def _data_path(ring: ClientRing | None) -> str:
+    """What ``HelloReply`` calls the way of a client's rows."""
+    return "host" if ring is None else "cuda_ipc"
 
 
 def _too_many() -> Refused:

@@ -280,11 +280,24 @@ class ClientRecord:
     pages: PageTable
 
 
+@dataclasses.dataclass(frozen=True)
+class _SetAside:
+    """Part of the region that memd uses itself; the fields are those of a client's record."""
+
+    extent_offset: int
+    extent_bytes: int
+    disk_bytes: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.extent_bytes
+
+
 @dataclasses.dataclass
 class _Dirty:
     """An extent that was given back: bytes from ``cursor`` to ``end`` are not zeroed yet."""
 
-    record: ClientRecord
+    record: ClientRecord | _SetAside
     cursor: int
 
     @property
@@ -317,6 +330,8 @@ class Store:
         self.disk_free_bytes = disk_bytes
         self._clients: dict[int, ClientRecord] = {}
         self._next_client_id = 1
+        # By offset.
+        self._set_aside: dict[int, _SetAside] = {}
         # Given back and not yet zeroed, oldest first.
         self._dirty: deque[_Dirty] = deque()
 
@@ -406,6 +421,36 @@ class Store:
         wanted = num_pages * layout.page_bytes + landing_rows * layout.row_bytes
         return bool(self._dirty) and wanted <= self.extents.num_free + self.dirty_bytes
 
+    def set_aside(self, num_bytes: int) -> int | None:
+        """Take a clean part of the region, and its memory, for memd's own use.
+
+        Args:
+            num_bytes: How much, >= 1.
+
+        Returns:
+            Where it begins, at a memory page; None when there is no room, though `could_set_aside`
+            may tell that there will be.
+        """
+        size = self.extents.padded(num_bytes)
+        offset = self.extents.allocate(size) if size <= self.memory_free_bytes else None
+        if offset is not None:
+            self.memory_free_bytes -= size
+            self._set_aside[offset] = _SetAside(offset, size)
+        return offset
+
+    def could_set_aside(self, num_bytes: int) -> bool:
+        """Whether there is memory to be zeroed, and with it perhaps enough to set aside."""
+        return bool(self._dirty) and num_bytes <= self.extents.num_free + self.dirty_bytes
+
+    def give_back(self, offset: int) -> None:
+        """Take back what `set_aside` gave; it is dirty from now on.
+
+        Raises:
+            KeyError: Nothing was set aside there.
+        """
+        part = self._set_aside.pop(offset)
+        self._dirty.append(_Dirty(part, part.extent_offset))
+
     def unregister(self, client_id: int) -> None:
         """Forget a client; its extent is dirty from now on.
 
@@ -441,7 +486,11 @@ class Store:
             IntegrityError: Something does not hold.
         """
         self.extents.check_integrity()
-        owners = [*self._clients.values(), *(dirty.record for dirty in self._dirty)]
+        owners = [
+            *self._clients.values(),
+            *self._set_aside.values(),
+            *(dirty.record for dirty in self._dirty),
+        ]
         owned = {record.extent_offset: record.extent_bytes for record in owners}
         if len(owned) != len(owners):
             raise IntegrityError("two owners share an extent")

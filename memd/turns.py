@@ -41,6 +41,7 @@ class Turn(Generic[Result]):
         error: What it raised; None if it has not.
         is_over: Whether it has ended.
         is_asleep: Whether it waits for something to happen.
+        is_running: Whether it is at work at this moment.
     """
 
     def __init__(self, steps: Generator[Wait, None, Result]) -> None:
@@ -49,15 +50,19 @@ class Turn(Generic[Result]):
         self.error: Exception | None = None
         self.is_over = False
         self.is_asleep = False
+        self.is_running = False
 
     def go_on(self) -> bool:
         """Work until it waits or is over; whether it is over."""
+        self.is_running = True
         try:
             self.is_asleep = next(self._steps) is Wait.EVENT
         except StopIteration as stop:
             self.result, self.is_over = stop.value, True
         except Exception as error:
             self.error, self.is_over = error, True
+        finally:
+            self.is_running = False
         return self.is_over
 
     def give_up(self) -> None:
@@ -94,33 +99,35 @@ class WaitingRoom(Generic[Result]):
     def step(self) -> Turn[Result] | None:
         """Let one connection's first request go on; that request, if it is over now."""
         for connection, queue in self._queues.items():
-            if not queue[0].is_asleep:
-                return self._let_go_on(connection, queue)
-        return None
-
-    def _let_go_on(self, connection: bytes, queue: deque[Turn[Result]]) -> Turn[Result] | None:
-        # Out of the queue meanwhile: it may be a goodbye, which cancels what waits behind it.
-        turn = queue.popleft()
-        is_over = turn.go_on()
-        is_cancelled = self._queues.get(connection) is not queue
-        if not is_over and not is_cancelled:
-            queue.appendleft(turn)
-        elif not is_over:
-            turn.give_up()
-        if not is_cancelled:
+            turn = queue[0]
+            if turn.is_asleep:
+                continue
+            if not turn.go_on():
+                self._queues.move_to_end(connection)
+                return None
+            # It may have cancelled those behind it.
+            queue = self._queues[connection]
+            queue.popleft()
             if queue:
                 self._queues.move_to_end(connection)
             else:
                 del self._queues[connection]
-        return turn if is_over else None
+            return turn
+        return None
 
     def cancel(self, connection: bytes) -> list[Turn[Result]]:
-        """Forget a connection's requests; they end where they are, but for one that asks for it.
+        """Forget a connection's requests; they end where they are.
+
+        Not the one that is at work and asks for this itself, as a ``Goodbye`` does that waited.
 
         Returns:
             Them, in their order.
         """
-        turns = list(self._queues.pop(connection, ()))
+        queue = self._queues.pop(connection, deque())
+        turns = [turn for turn in queue if not turn.is_running]
+        if len(turns) < len(queue):
+            self._queues[connection] = deque(turn for turn in queue if turn.is_running)
+        # Only now: what one of them does at its end may wake the others.
         for turn in turns:
             turn.give_up()
         return turns

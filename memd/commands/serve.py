@@ -115,6 +115,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "and of these the least recently used; `lru` the least recently used; `lfu` the least "
         "often used (default: %(default)s)",
     )
+    cuda = parser.add_argument_group(
+        "cuda",
+        "Clients with a GPU may have fetched rows copied into its memory. No CUDA driver is loaded "
+        "before one of them asks. Not yet run on a GPU (docs/memd.md).",
+    )
+    cuda.add_argument(
+        "--cuda-staging-bytes",
+        type=parse_bytes,
+        default=MemdConfig.cuda_staging_bytes,
+        metavar="N[MiB|GiB]",
+        help="page-locked memory for each GPU that is copied to, taken out of --bytes while it "
+        "is, at least the longest landing ring, for example 256MiB (default: copy to none)",
+    )
     link = parser.add_argument_group(
         "link",
         "Imitates a slower interconnect, for studies: rows are copied as always, and a "
@@ -186,6 +199,7 @@ def _run(arguments: argparse.Namespace) -> int:
         disk_dir=arguments.disk_dir,
         disk_bytes=arguments.disk_bytes,
         eviction=arguments.eviction,
+        cuda_staging_bytes=arguments.cuda_staging_bytes,
         link_gbps=arguments.link_gbps,
         link_latency_us=arguments.link_latency_us,
         log_level=arguments.log_level,

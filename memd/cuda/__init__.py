@@ -18,19 +18,21 @@ interpreter lock, so one that hangs takes its own thread and no other.
 ``fake``              a driver for tests, which fails and hangs when told to
 ====================  ==============================================================================
 
-Not yet run on a GPU, and not wired into the service yet: no flag or message reaches it.
+memd itself uses it through ``memd.rings``, an engine through ``memd.client`` and `export_ring`.
+Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 from memd.cuda.driver import Driver, load_driver
-from memd.cuda.errors import CudaError, DriverMissing, RingRefused
+from memd.cuda.errors import CudaError, DeviceLost, DriverMissing, RingRefused
 from memd.cuda.export import export_ring
 from memd.cuda.registration import PageLock
 from memd.cuda.ring import RingHandle
 
 __all__ = [
     "CudaError",
+    "DeviceLost",
     "Driver",
     "DriverMissing",
     "PageLock",

@@ -5,6 +5,7 @@ Tree::
     MemdError
     ├── DriverMissing   there is no CUDA driver in this process's reach, or one that is too old
     ├── CudaError       a driver call failed
+    ├── DeviceLost      memd has given up a device that it may still have mappings on
     └── RingRefused     a landing ring that memd cannot or will not write to
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from memd.errors import MemdError
 
-__all__ = ["CudaError", "DriverMissing", "RingRefused"]
+__all__ = ["CudaError", "DeviceLost", "DriverMissing", "RingRefused"]
 
 
 class DriverMissing(MemdError):
@@ -36,6 +37,10 @@ class CudaError(MemdError):
         super().__init__(f"{call}: {name}" + (f" ({detail})" if detail else ""))
         self.call = call
         self.name = name
+
+
+class DeviceLost(MemdError):
+    """memd has given up the device that a ring is on; bytes may still arrive in the ring."""
 
 
 class RingRefused(MemdError):

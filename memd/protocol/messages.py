@@ -5,8 +5,9 @@ so that any MessagePack library can speak to memd (``docs/memd.md`` shows the ma
 
 - every request gets exactly one reply that carries its ``request_id``; requests take effect in
   their order, and so do replies come, but for those that wait: a fetch is answered when its rows
-  have landed, in the order of the client's fetches, a ``Hello`` when its memory is clean, and with
-  pages on disk a ``Reserve`` or ``Thaw`` when its pages are in memory;
+  have landed, in the order of the client's fetches, a ``Hello`` when its memory is clean and its
+  ring mapped, a ``Goodbye`` when its ring is unmapped, and with pages on disk a ``Reserve`` or
+  ``Thaw`` when its pages are in memory;
 - a tag is never reused, a field never changes its meaning, a new field has a default;
 - nothing on the wire is code: a typed decoder reads frames, and unknown tags are refused.
 
@@ -25,12 +26,14 @@ from memd.protocol.layout import KVLayout
 
 __all__ = [
     "MAX_PAGES_PER_MESSAGE",
+    "MAX_RING_HANDLE_BYTES",
     "PROTOCOL_VERSION",
     "REPLY_TYPES",
     "REQUEST_TYPES",
     "SESSION_BYTES",
     "Commit",
     "CommitReply",
+    "DeviceRing",
     "ErrorCode",
     "ErrorReply",
     "Fetch",
@@ -64,6 +67,9 @@ SESSION_BYTES = 16
 
 MAX_PAGES_PER_MESSAGE = 1 << 20
 """Most page ids in one ``Commit``, ``Release``, ``Freeze`` or ``Thaw``."""
+
+MAX_RING_HANDLE_BYTES = 256
+"""Longest ``DeviceRing.handle``; CUDA's have 64 bytes, and others are refused with a reason."""
 
 _INT63 = (1 << 63) - 1
 _RequestId = Annotated[int, msgspec.Meta(ge=0, le=_INT63)]
@@ -105,6 +111,10 @@ class ErrorCode(enum.StrEnum):
     """A fetch or a ``Thaw`` needs more pages in memory at a time than may be there."""
     PAGE_LOST = "page_lost"
     """A page that was on disk did not come back as it went; the message names it."""
+    DEVICE_REFUSED = "device_refused"
+    """memd cannot or will not copy into the ring that ``Hello`` names; the message says why."""
+    DEVICE_LOST = "device_lost"
+    """memd has given up the device that the client's ring is on; its fetches fail from now on."""
     DRAINING = "draining"
     """memd is ending: it goes on for the clients it has and takes no new ones."""
     INTERNAL = "internal"
@@ -113,6 +123,22 @@ class ErrorCode(enum.StrEnum):
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True):
     request_id: _RequestId
+
+
+class DeviceRing(msgspec.Struct, frozen=True, kw_only=True):
+    """A landing ring in a GPU's memory, as ``memd.cuda.export_ring`` describes it.
+
+    Attributes:
+        handle: CUDA's IPC handle of the allocation that holds it.
+        base_offset: Where the ring begins in the allocation, in bytes.
+        num_bytes: Bytes of the ring, a multiple of the layout's ``row_bytes``.
+        device_uuid: The device that the memory is on.
+    """
+
+    handle: Annotated[bytes, msgspec.Meta(max_length=MAX_RING_HANDLE_BYTES)]
+    base_offset: _Count
+    num_bytes: _Count
+    device_uuid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
 class Hello(_Message, frozen=True, tag="hello"):
@@ -125,10 +151,12 @@ class Hello(_Message, frozen=True, tag="hello"):
             is the process id that the kernel reports for the attach socket.
         layout: Layout of the client's pages.
         num_pages: Pages wanted, >= 1.
-        landing_bytes: Bytes of the landing ring, a multiple of the layout's ``row_bytes``.
+        landing_bytes: Bytes of the landing ring, a multiple of the layout's ``row_bytes``; 0 with
+            a ``ring``, which is in its place.
         name: Free text for ``memd status``.
         host_pages: How many of the pages need memory at a time, where memd has a disk for the
             others; 0 means all of them.
+        ring: Where fetched rows are to land instead of in the extent; None: in the extent.
     """
 
     version: int
@@ -139,6 +167,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     landing_bytes: _Count
     name: Annotated[str, msgspec.Meta(max_length=128)] = ""
     host_pages: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)] = 0
+    ring: DeviceRing | None = None
 
 
 class Reserve(_Message, frozen=True, tag="reserve"):
@@ -213,13 +242,15 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
             granularity.
         extent_bytes: Bytes of the extent: the pages, padding, the landing ring.
         landing_offset: First byte of the landing ring, counted from the extent's start.
-        landing_rows: Rows of the landing ring.
+        landing_rows: Rows of the landing ring, wherever it is.
         row_bytes: Bytes of a row as memd computes it from the layout.
         page_bytes: Bytes of a page as memd computes it from the layout.
         row_index_bytes: 4 or 8, the width of an index in ``Fetch.rows``.
         max_frame_bytes: Longest request that memd reads; 0 from a memd that does not say.
         host_pages: How many pages may be in memory at a time; ``num_pages`` if none goes to disk, 0
             from a memd that does not say, where none does.
+        data_path: Where fetched rows land: ``host``, the extent, or ``cuda_ipc``, the ``ring`` of
+            ``Hello``. A memd that does not know rings says nothing, which is ``host``.
     """
 
     version: int
@@ -233,6 +264,7 @@ class HelloReply(_Message, frozen=True, tag="hello_reply"):
     row_index_bytes: int
     max_frame_bytes: int = 0
     host_pages: int = 0
+    data_path: str = "host"
 
 
 class ReserveReply(_Message, frozen=True, tag="reserve_reply"):
@@ -252,10 +284,13 @@ class FetchReply(_Message, frozen=True, tag="fetch_reply"):
     Attributes:
         num_rows: Rows written.
         gather_ns: Time that memd spent copying.
+        copy_ns: Time from the moment that the rows could be gathered for the device until they had
+            landed there; 0 without a device.
     """
 
     num_rows: int
     gather_ns: int = 0
+    copy_ns: int = 0
 
 
 class ReleaseReply(_Message, frozen=True, tag="release_reply"):
@@ -287,7 +322,14 @@ class Pong(_Message, frozen=True, tag="pong"):
 
 
 class GoodbyeReply(_Message, frozen=True, tag="goodbye_reply"):
-    """The registration has ended."""
+    """The registration has ended.
+
+    Attributes:
+        is_ring_closed: Whether memd maps no memory of the client's device any more, so that the
+            ring may be freed; False after the device was lost, for as long as memd lives.
+    """
+
+    is_ring_closed: bool = True
 
 
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag="error_reply"):

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from memd.cuda.driver import Driver
     from memd.cuda.ring import RingHandle
 
-__all__ = ["CudaCounters", "CudaIpc"]
+__all__ = ["CudaCounters", "CudaIpc", "start_thread"]
 
 _STOP_POLL_S = 0.001
 
@@ -93,7 +93,8 @@ class CudaCounters:
     waits_for_slot: int = 0
 
 
-def _start_thread(worker: Worker) -> None:
+def start_thread(worker: Worker) -> None:
+    """Run a worker on a thread of its own."""
     # A daemon thread: one that hangs in the driver must not keep the process from its end.
     threading.Thread(target=worker.run, name=f"memd-{worker.name[:12]}", daemon=True).start()
 
@@ -129,7 +130,7 @@ class CudaIpc:
         timeouts: Timeouts | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         notify: Callable[[], None] = lambda: None,
-        spawn: Callable[[Worker], None] = _start_thread,
+        spawn: Callable[[Worker], None] = start_thread,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if staging_bytes < SLOT_ALIGNMENT:
@@ -168,11 +169,15 @@ class CudaIpc:
         device = self._device_of.get(client_id)
         return None if device is None else device.ring_state(client_id)
 
-    def open(self, client_id: int, handle: RingHandle) -> None:
-        """Begin to map a client's ring; `RingOpened` or `RingFailed` follows.
+    def needs_staging(self, device_uuid: bytes) -> bool:
+        """Whether `open` of a ring on this device would set memory aside."""
+        return device_uuid not in self._devices
+
+    def require_fit(self, handle: RingHandle) -> None:
+        """Check that a copy can be as long as the ring.
 
         Raises:
-            RingRefused: It is known already that this cannot be.
+            RingRefused: It cannot.
         """
         if handle.num_bytes > self.max_copy_bytes:
             raise RingRefused(
@@ -180,6 +185,14 @@ class CudaIpc:
                 f"allows ({self.max_copy_bytes}): make the ring smaller or the staging memory "
                 f"larger"
             )
+
+    def open(self, client_id: int, handle: RingHandle) -> None:
+        """Begin to map a client's ring; `RingOpened` or `RingFailed` follows.
+
+        Raises:
+            RingRefused: It is known already that this cannot be.
+        """
+        self.require_fit(handle)
         device = self._devices.get(handle.device_uuid)
         if device is None:
             device = self._devices[handle.device_uuid] = self._make_device(handle.device_uuid)
@@ -231,8 +244,14 @@ class CudaIpc:
                 self._give_back(device.staging.offset)
         return events
 
-    def stop(self, timeout_s: float) -> bool:
+    def stop(
+        self, timeout_s: float, *, on_event: Callable[[DeviceEvent], None] = lambda event: None
+    ) -> bool:
         """Close every ring and end every thread, for memd's own end; blocks within a bound.
+
+        Args:
+            timeout_s: The bound, in seconds.
+            on_event: Called with what `poll` would have told.
 
         Returns:
             Whether nothing is held of any device; False after the bound, or with one that is lost.
@@ -240,10 +259,12 @@ class CudaIpc:
         deadline = self._clock() + timeout_s
         for client_id in list(self._device_of):
             self.close(client_id)
-        self.poll()
-        while self.is_waiting and self._clock() < deadline:
+        while True:
+            for event in self.poll():
+                on_event(event)
+            if not self.is_waiting or self._clock() >= deadline:
+                break
             time.sleep(_STOP_POLL_S)
-            self.poll()
         return not self._devices
 
     def stats(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from memd.protocol import (
     REQUEST_TYPES,
     Commit,
     CommitReply,
+    DeviceRing,
     ErrorCode,
     ErrorReply,
     Fetch,
@@ -62,10 +63,27 @@ GOLDEN: list[tuple[Any, bytes]] = [
             name="e",
             host_pages=2,
         ),
-        b"\x8a\xa4type\xa5hello\xa7version\x01\xa7session\xc4\x10" + SESSION + b"\xa3pid\x07"
+        b"\x8b\xa4type\xa5hello\xa7version\x01\xa7session\xc4\x10" + SESSION + b"\xa3pid\x07"
         b"\xa6layout\x84\xa9num_heads\x02\xa8head_dim\x04\xa5dtype\xa7float32\xabpage_tokens\x08"
-        b"\xa9num_pages\x03\xadlanding_bytes@\xa4name\xa1e\xaahost_pages\x02"
+        b"\xa9num_pages\x03\xadlanding_bytes@\xa4name\xa1e\xaahost_pages\x02\xa4ring\xc0"
         b"\xaarequest_id\x00",
+    ),
+    (
+        Hello(
+            request_id=0,
+            version=1,
+            session=SESSION,
+            pid=7,
+            layout=LAYOUT,
+            num_pages=3,
+            landing_bytes=0,
+            ring=DeviceRing(handle=b"h\0", base_offset=5, num_bytes=64, device_uuid=SESSION),
+        ),
+        b"\x8b\xa4type\xa5hello\xa7version\x01\xa7session\xc4\x10" + SESSION + b"\xa3pid\x07"
+        b"\xa6layout\x84\xa9num_heads\x02\xa8head_dim\x04\xa5dtype\xa7float32\xabpage_tokens\x08"
+        b"\xa9num_pages\x03\xadlanding_bytes\x00\xa4name\xa0\xaahost_pages\x00"
+        b"\xa4ring\x84\xa6handle\xc4\x02h\x00\xabbase_offset\x05\xa9num_bytes@"
+        b"\xabdevice_uuid\xc4\x10" + SESSION + b"\xaarequest_id\x00",
     ),
     (
         Reserve(request_id=1, num_pages=2),
@@ -109,11 +127,12 @@ GOLDEN: list[tuple[Any, bytes]] = [
             row_index_bytes=4,
             max_frame_bytes=1024,
             host_pages=3,
+            data_path="cuda_ipc",
         ),
-        b"\x8d\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
+        b"\x8e\xa4type\xabhello_reply\xa7version\x01\xa9client_id\x01\xadextent_offset\xcd\x10\x00"
         b"\xacextent_bytes\xcd\x20\x00\xaelanding_offset\xcd\x10\x00\xaclanding_rows\x02"
         b"\xa9row_bytes\x20\xaapage_bytes\xcd\x02\x00\xafrow_index_bytes\x04\xafmax_frame_bytes\xcd\x04\x00"
-        b"\xaahost_pages\x03"
+        b"\xaahost_pages\x03\xa9data_path\xa8cuda_ipc"
         b"\xaarequest_id\x00",
     ),
     (
@@ -126,8 +145,9 @@ GOLDEN: list[tuple[Any, bytes]] = [
     ),
     (CommitReply(request_id=2), b"\x82\xa4type\xaccommit_reply\xaarequest_id\x02"),
     (
-        FetchReply(request_id=3, num_rows=2, gather_ns=1000),
-        b"\x84\xa4type\xabfetch_reply\xa8num_rows\x02\xa9gather_ns\xcd\x03\xe8\xaarequest_id\x03",
+        FetchReply(request_id=3, num_rows=2, gather_ns=1000, copy_ns=7),
+        b"\x85\xa4type\xabfetch_reply\xa8num_rows\x02\xa9gather_ns\xcd\x03\xe8\xa7copy_ns\x07"
+        b"\xaarequest_id\x03",
     ),
     (ReleaseReply(request_id=4), b"\x82\xa4type\xadrelease_reply\xaarequest_id\x04"),
     (FreezeReply(request_id=8), b"\x82\xa4type\xacfreeze_reply\xaarequest_id\x08"),
@@ -140,7 +160,10 @@ GOLDEN: list[tuple[Any, bytes]] = [
         b"\x83\xa4type\xabstats_reply\xa5stats\x81\xa9integrity\xa2ok\xaarequest_id\x05",
     ),
     (Pong(request_id=6), b"\x82\xa4type\xa4pong\xaarequest_id\x06"),
-    (GoodbyeReply(request_id=7), b"\x82\xa4type\xadgoodbye_reply\xaarequest_id\x07"),
+    (
+        GoodbyeReply(request_id=7),
+        b"\x83\xa4type\xadgoodbye_reply\xaeis_ring_closed\xc3\xaarequest_id\x07",
+    ),
     (
         ErrorReply(request_id=None, code=ErrorCode.MALFORMED, message="no"),
         b"\x84\xa4type\xaberror_reply\xaarequest_id\xc0\xa4code\xa9malformed\xa7message\xa2no",
@@ -204,6 +227,8 @@ def test_error_codes_are_golden() -> None:
         "peer_refused",
         "no_room",
         "page_lost",
+        "device_refused",
+        "device_lost",
         "draining",
         "internal",
     ]
@@ -263,6 +288,30 @@ def test_a_session_of_another_length_is_a_protocol_error() -> None:
     plain["session"] = b"short"
     with pytest.raises(ProtocolError):
         decode_request(pack(plain))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"handle": bytes(257)},
+        {"handle": "text"},
+        {"base_offset": 1 << 63},
+        {"num_bytes": 1 << 63},
+        {"device_uuid": bytes(15)},
+    ],
+)
+def test_a_hello_with_an_impossible_ring_is_a_protocol_error(change: dict[str, object]) -> None:
+    plain = unpack(GOLDEN[1][1])
+    plain["ring"] |= change
+    with pytest.raises(ProtocolError):
+        decode_request(pack(plain))
+
+
+def test_sides_of_which_one_knows_no_rings_understand_each_other() -> None:
+    plain = unpack(GOLDEN[0][1])
+    del plain["ring"]
+    assert decode_request(pack(plain)) == GOLDEN[0][0]
+    assert decode_reply(pack({"type": "goodbye_reply", "request_id": 7})).is_ring_closed
 
 
 def test_too_many_page_ids_are_a_protocol_error() -> None:

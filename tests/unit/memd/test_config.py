@@ -81,6 +81,20 @@ def test_a_bad_setting_is_refused_by_its_flag_with_value_and_remedy(
         MemdConfig(**{**good, setting: value})
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"cuda_staging_bytes": -1}, "must be 0, or at least 1 MiB"),
+        ({"cuda_staging_bytes": 4096}, "must be 0, or at least 1 MiB"),
+        ({"cuda_staging_bytes": 8 << 20}, "less than --bytes"),
+        ({"cuda_staging_bytes": 1 << 20, "link_gbps": 10.0}, "do not go with"),
+    ],
+)
+def test_bad_settings_of_staging_memory_are_refused(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{text}.+; .+"):
+        MemdConfig(address="ipc:///run/x/y.sock", region_bytes=8 << 20, **settings)
+
+
 def test_every_flag_of_serve_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])

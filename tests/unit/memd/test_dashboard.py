@@ -105,3 +105,25 @@ def test_a_clients_name_is_text_and_no_markup(stats: dict) -> None:
 def test_a_narrow_terminal_and_an_empty_daemon_are_fine(stats: dict) -> None:
     text = shown(None, Sample(stats | {"clients": [], "latencies": {}}, 0.0), width=40)
     assert "no clients" in text
+
+
+def test_gpus_are_shown_where_memd_holds_something_of_them(stats: dict) -> None:
+    device = {
+        "uuid": "GPU-1",
+        "rings": 2,
+        "copies": 3,
+        "staging_bytes": 2048,
+        "staging_bytes_used": 1024,
+        "lost_reason": None,
+    }
+    lost = device | {"uuid": "GPU-2", "lost_reason": "it broke"}
+
+    def sample(num_bytes: int, at: float) -> Sample:
+        cuda = {"counters": {"bytes_copied": num_bytes}, "devices": [device, lost]}
+        return Sample(stats | {"cuda": cuda}, at)
+
+    text = shown(sample(0, 0.0), sample(4096, 2.0))
+    assert "to GPUs 2 KiB/s" in text
+    assert "GPU-1: 2 ring(s), 3 copies under way, 1 KiB of 2 KiB staging" in text
+    assert "GPU-2: lost, it broke" in text
+    assert "GPU" not in shown(None, Sample(stats, 0.0))

@@ -10,6 +10,7 @@ from memd.metrics import Counters
 from memd.prometheus import render
 from memd.protocol import REQUEST_TYPES, ErrorCode, KVLayout
 from memd.testing import FakeMemd
+from memd.transfer.cuda_ipc import CudaCounters
 
 SAMPLE = re.compile(r'([a-z_]+)(\{(?:[a-z_]+="[^"\\\n]*",?)+\})? (\S+)')
 DOCUMENT = Path(__file__).parents[3] / "docs" / "memd.md"
@@ -96,8 +97,37 @@ def test_every_counter_is_there(stats: dict) -> None:
         assert {value, value * 1e-9} & values, f"{name} has no name for Prometheus"
 
 
+CUDA = {
+    "counters": dataclasses.asdict(CudaCounters(copies_done=3, copy_ns=2_000_000_000)),
+    "devices": [
+        {
+            "uuid": f"GPU-{index}",
+            "rings": 2,
+            "copies": 1,
+            "staging_bytes": 100,
+            "staging_bytes_used": 40,
+            "lost_reason": reason,
+        }
+        for index, reason in enumerate([None, "it broke"])
+    ],
+}
+
+
+def test_gpus_are_summed_up_where_there_may_be_some(stats: dict) -> None:
+    samples = parse(render(stats | {"cuda": CUDA}, age_s=0))
+    assert samples["memd_cuda_rings"] == 4
+    assert samples["memd_cuda_devices_lost"] == 1
+    assert samples["memd_cuda_copies_total"] == 3
+    assert samples["memd_cuda_copy_seconds_total"] == 2.0
+    assert len([name for name in samples if name.startswith("memd_cuda_")]) == 5 + len(
+        dataclasses.fields(CudaCounters)
+    )
+    assert not any(name.startswith("memd_cuda_") for name in parse(render(stats, age_s=0)))
+
+
 def test_every_name_is_documented(stats: dict) -> None:
     documented = DOCUMENT.read_text()
+    stats = stats | {"cuda": CUDA}
     starting = {"region": {"bytes": 100, "ready_bytes": 40}}
     text = render(stats, age_s=0) + render(starting, age_s=0)
     for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE):

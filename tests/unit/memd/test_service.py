@@ -359,6 +359,31 @@ def test_a_process_that_ends_while_its_hello_waits_leaves_nothing(client: Daemon
     assert client.service.stats()["region"]["free_bytes"] == REGION_BYTES
 
 
+def test_who_says_goodbye_right_behind_a_hello_that_waits_is_answered(client: Daemon) -> None:
+    client.service.close_session(client.session, "test")
+    hello = Hello(
+        request_id=0,
+        version=PROTOCOL_VERSION,
+        session=client.service.open_session(6),
+        pid=6,
+        layout=LAYOUT,
+        num_pages=REGION_BYTES // LAYOUT.page_bytes,
+        landing_bytes=0,
+    )
+    assert client.service.handle(b"d", encode(hello)) is None
+    assert client.service.handle(b"d", encode(Goodbye(request_id=1))) is None
+    assert client.service.handle(b"d", encode(Reserve(request_id=2, num_pages=1))) is None
+    replies = []
+    while client.service.has_work:
+        replies += [decode_reply(reply) for _, reply in client.service.step()]
+    assert [reply.request_id for reply in replies] == [0, 2, 1]
+    assert isinstance(replies[0], HelloReply)
+    assert replies[1].code is ErrorCode.NOT_REGISTERED
+    assert isinstance(replies[2], GoodbyeReply)
+    assert client.service.stats()["clients"] == []
+    assert client.service.stats()["integrity"] == "ok"
+
+
 def test_scrub_says_when_it_is_through(client: Daemon) -> None:
     assert not client.service.scrub(4096)
     client.service.close_session(client.session, "test")
