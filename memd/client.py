@@ -89,6 +89,8 @@ _MAX_IN_FLIGHT = 65_536
 # a minute without polling must not blame memd for it.
 _MAX_POLL_GAP_S = 1.0
 _GOODBYE_WAIT_S = 1.0
+# What memd said before it ended may take a moment longer than the news of its end.
+_LAST_WORDS_S = 0.5
 # Of a memd that does not say how long a request may be.
 _COMMON_FRAME_BYTES = 16 << 20
 
@@ -205,6 +207,7 @@ class MemdClient:
         self._lost_reason: str | None = None
         self._is_closed = False
         self._has_said_goodbye = False
+        self._ended_at: float | None = None
         self._stats_id: int | None = None
         self._server_stats: dict[str, Any] = {}
         self._counters = _Counters()
@@ -539,7 +542,7 @@ class MemdClient:
         if self._in_flight:
             while self._lost_reason is None and (frame := self._channel.receive()) is not None:
                 self._on_frame(frame)
-        if has_ended:
+        if has_ended and not self._may_hear_more():
             self._lose("it has ended")
         elif self._in_flight:
             oldest = next(iter(self._in_flight.values()))
@@ -645,6 +648,14 @@ class MemdClient:
             there = mine.get(f"pages_{state.name.lower()}")
             if here != there:
                 raise IntegrityError(f"{here} pages are {state.name} here, {there} in memd")
+
+    def _may_hear_more(self) -> bool:
+        """Whether a memd that has ended may have answered a goodbye that somebody waits for."""
+        if not (self._has_said_goodbye and self._has_ring and self._in_flight):
+            return False
+        now = time.monotonic()
+        self._ended_at = now if self._ended_at is None else self._ended_at
+        return now - self._ended_at < _LAST_WORDS_S
 
     def _wait_until(self, is_true: Callable[[], bool], timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

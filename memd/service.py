@@ -273,6 +273,7 @@ class Service:
         if self._has_news or (rings_due is not None and self._clock() >= rings_due):
             # First, so that news which comes meanwhile is not forgotten.
             self._has_news = False
+            # Whoever waits goes on after all this, so that he finds what has changed.
             self._room.wake()
             self._end_leaving()
             self._follow_rings()
@@ -315,8 +316,6 @@ class Service:
         for event in self._rings.poll():
             for ended in self._fetches.follow(event):
                 self._answer_fetch(ended)
-        # A slot may be free without an event, when it was of a client that is gone.
-        self._room.wake()
 
     def _begin(self, connection: bytes, request: Request) -> Reply | _Steps | None:
         """What a request is answered with, now or in some steps."""
@@ -486,10 +485,10 @@ class Service:
         session.record = session.tier = session.ring = None
         if tier is not None:
             tier.mover.end()
-        self._dismiss(connection)
-        # Before its memory can be anybody else's, and its slots.
+        # Before its memory can be anybody else's, and its slots. These first: they came first.
         for fetch in self._fetches.cancel(record.client_id):
             self._refuse_gone(connection, fetch.request_id)
+        self._dismiss(connection)
         if self._rings is not None:
             self._rings.close(record.client_id)
             # Slots may be free, and its ring closed.

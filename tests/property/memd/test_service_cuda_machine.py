@@ -6,12 +6,13 @@ What devices and their rings do by themselves is in ``test_cuda_machine``; this 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import mmap
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memd.protocol import (
     Commit,
@@ -80,21 +81,48 @@ class Client:
         return self.next_id
 
 
+class Later:
+    """Has every fetch wait in line, and arrive in order, when time has passed or at once."""
+
+    def __init__(self, machine: ServiceCudaMachine) -> None:
+        self._machine = machine
+        self._seconds = itertools.cycle([0.0, 0.5])
+        self._last = 0.0
+
+    def finish_time(self, num_bytes: int) -> float:
+        del num_bytes
+        self._last = max(self._last, self._machine.daemon.now + next(self._seconds))
+        return self._last
+
+
 class ServiceCudaMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.daemon = CudaDaemon(
-            region_bytes=1 << 16, staging_bytes=mmap.PAGESIZE, num_devices=NUM_DEVICES
-        )
+        self.daemon = self.new_daemon(is_later=False)
         self.clients: list[Client] = []
         self.num_seen = 0
         self.num_troubles = 0
 
+    @initialize(is_later=st.booleans())
+    def start(self, is_later: bool) -> None:
+        self.daemon = self.new_daemon(is_later=is_later)
+
+    def new_daemon(self, *, is_later: bool) -> CudaDaemon:
+        return CudaDaemon(
+            region_bytes=1 << 16,
+            staging_bytes=mmap.PAGESIZE,
+            num_devices=NUM_DEVICES,
+            delay=Later(self) if is_later else None,
+        )
+
     # What clients do.
 
     @precondition(lambda self: sum(not c.is_gone for c in self.clients) < 3)
-    @rule(device=st.none() | st.integers(0, NUM_DEVICES - 1))
-    def connect(self, device: int | None) -> None:
+    @rule(
+        device=st.sampled_from([None, 0, 0, 0, 1]),
+        is_quick=st.sampled_from([True, True, True, False]),
+    )
+    def connect(self, device: int | None, is_quick: bool) -> None:
         connection = f"client {len(self.clients)}".encode()
         client = Client(connection, device is not None)
         self.clients.append(client)
@@ -102,6 +130,10 @@ class ServiceCudaMachine(RuleBasedStateMachine):
         reply = self.daemon.hello(connection, ring)
         if reply is not None:
             self.on_reply(client, reply)
+        # Rather one that is there: what comes before is soon over.
+        for _ in range(8 if is_quick else 0):
+            self.daemon.step_workers(2)
+            self.look(3)
 
     @precondition(lambda self: self.present())
     @rule(data=st.data(), num_rows=st.lists(st.integers(0, CELL), min_size=1, max_size=4))
@@ -204,7 +236,9 @@ class ServiceCudaMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        self.daemon.check()
+        stats = self.daemon.check()
+        if not any(client.open for client in self.clients):
+            assert not any(client["pages_leaving"] for client in stats["clients"]), "still pinned"
         for client in self.clients:
             if client.after_close is not None:
                 memory = self.daemon.allocations[client.connection].memory
@@ -217,6 +251,7 @@ class ServiceCudaMachine(RuleBasedStateMachine):
                 self.daemon.service.close_session(self.daemon.sessions[client.connection], "end")
                 client.is_gone = True
         for _ in range(60):
+            self.daemon.now += 0.5
             self.daemon.step_workers(2)
             self.daemon.driver.complete()
             self.look(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -36,16 +37,21 @@ class Scripted:
         self.sent: list[object] = []
         self.replies: list[object] = []
         self.is_closed = False
+        self.has_ended = False
+        self.num_deaf = 0
 
     def send(self, frame: bytes) -> bool:
         self.sent.append(decode_request(frame))
         return True
 
     def receive(self) -> bytes | None:
+        if self.num_deaf:
+            self.num_deaf -= 1
+            return None
         return encode(self.replies.pop(0)) if self.replies else None  # type: ignore[arg-type]
 
     def peer_has_closed(self) -> bool:
-        return False
+        return self.has_ended
 
     def wait(self, timeout_s: float) -> None:
         del timeout_s
@@ -139,6 +145,25 @@ def test_a_fetch_that_the_goodbye_ends_does_not_hide_its_answer() -> None:
     client.close()
     assert ticket.error == "not_registered: it left"
     assert client.is_ring_closed
+
+
+def test_an_answer_that_comes_behind_the_news_of_memds_end_is_heard() -> None:
+    channel = Scripted()
+    client = ring_client(channel, deadline_s=5.0)
+    channel.has_ended, channel.num_deaf = True, 3
+    channel.replies.append(GoodbyeReply(request_id=1))
+    client.close()
+    assert client.is_ring_closed
+
+
+def test_a_memd_that_ended_without_an_answer_is_not_waited_for_long() -> None:
+    channel = Scripted()
+    client = ring_client(channel, deadline_s=60.0)
+    channel.has_ended = True
+    begin = time.monotonic()
+    client.close()
+    assert time.monotonic() - begin < 5.0
+    assert not client.is_ring_closed
 
 
 def test_a_ring_has_as_many_bytes_as_the_landing_rows() -> None:

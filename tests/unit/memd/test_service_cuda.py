@@ -53,6 +53,14 @@ def refused(reply: Any, code: ErrorCode) -> str:
     return reply.message
 
 
+class Never:
+    """An interconnect that nothing arrives over."""
+
+    def finish_time(self, num_bytes: int) -> float:
+        del num_bytes
+        return float("inf")
+
+
 class TestOpening:
     def test_hello_is_answered_when_the_ring_is_mapped(self, daemon: CudaDaemon) -> None:
         assert daemon.hello(A, daemon.ring(A)) is None
@@ -159,6 +167,18 @@ class TestOpening:
             pass
         assert daemon.check()["region"]["free_bytes"] == daemon.region.size
 
+    def test_staging_memory_is_zeroed_before_it_is_anybody_elses(self, daemon: CudaDaemon) -> None:
+        daemon.join(A)
+        daemon.fetch(A, 3, list(range(RING_ROWS)))
+        daemon.work()
+        daemon.ask(A, Goodbye(request_id=4))
+        daemon.work()
+        assert daemon.check()["region"]["free_bytes"] < daemon.region.size
+        while daemon.service.tidy(1 << 20):
+            pass
+        assert daemon.check()["region"]["free_bytes"] == daemon.region.size
+        assert not daemon.region.any()
+
 
 class TestFetching:
     def test_rows_land_on_the_device(self, daemon: CudaDaemon) -> None:
@@ -262,6 +282,8 @@ class TestTheEndOfADevice:
         daemon.join(B, has_ring=False)
         for request_id in (3, 4, 5):
             daemon.fetch(A, request_id, list(range(RING_ROWS)))
+        # The second is in its slot, or waits to be gathered there, and the third for one.
+        assert daemon.check()["cuda"]["devices"][0]["copies"] == 2
         daemon.driver.break_device("CUDA_ERROR_ECC_UNCORRECTABLE")
         daemon.work()
         for request_id in (3, 4, 5):
@@ -273,12 +295,29 @@ class TestTheEndOfADevice:
         )
         assert isinstance(daemon.fetch(B, 8, [1, 2]), FetchReply)
         client = daemon.check()["clients"][0]
-        assert client["pages_free"] == NUM_PAGES
+        assert (client["pages_free"], client["pages_leaving"]) == (NUM_PAGES, 0)
         # Nobody can promise that the ring is not written any more.
         goodbye = daemon.ask(A, Goodbye(request_id=9))
         assert isinstance(goodbye, GoodbyeReply)
         assert not goodbye.is_ring_closed
         refused(daemon.hello(C, daemon.ring(C)), ErrorCode.DEVICE_REFUSED)
+
+    def test_fetches_that_wait_to_be_gathered_end_as_lost_too(self) -> None:
+        daemon = CudaDaemon(delay=Never())
+        daemon.join(A)
+        daemon.fetch(A, 3, [0])
+        daemon.fetch(A, 4, [1])
+        daemon.step(3)
+        daemon.ask(A, Release(request_id=5, page_ids=[0]))
+        assert daemon.check()["clients"][0]["pages_leaving"] == 1
+        daemon.driver.break_device("CUDA_ERROR_ECC_UNCORRECTABLE")
+        daemon.driver.fail("cuIpcOpenMemHandle", "CUDA_ERROR_ECC_UNCORRECTABLE")
+        daemon.hello(B, daemon.ring(B))
+        daemon.work()
+        for request_id in (3, 4):
+            refused(daemon.reply(A, request_id), ErrorCode.DEVICE_LOST)
+        client = daemon.check()["clients"][0]
+        assert (client["pages_free"], client["pages_leaving"]) == (1, 0)
 
     def test_a_driver_that_hangs_is_noticed_without_any_news(self, daemon: CudaDaemon) -> None:
         daemon.join(A)
