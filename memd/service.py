@@ -758,9 +758,8 @@ class Service:
         job, page_ids = self._read_fetch(record, request, ring)
         if tier is None and ring is None and self._fetches.copy_now(job):
             return self._fetched(request.request_id, job)
-        in_flight = self._fetches.num_of(record.client_id) + self._room.num_waiting(connection)
-        if in_flight >= MAX_FETCHES_IN_FLIGHT:
-            raise _too_many()
+        # Before anything is pinned.
+        self._require_few_in_flight(connection, record)
         fetch = PinnedFetch(
             connection,
             request.request_id,
@@ -819,6 +818,11 @@ class Service:
                 + (f", and {lost.size - 1} more did not" if lost.size > 1 else "")
                 + "; release it and compute it again",
             )
+
+    def _require_few_in_flight(self, connection: bytes, record: ClientRecord) -> None:
+        in_flight = self._fetches.num_of(record.client_id) + self._room.num_waiting(connection)
+        if in_flight >= MAX_FETCHES_IN_FLIGHT:
+            raise _too_many()
 
     def _read_fetch(
         self, record: ClientRecord, request: Fetch, ring: ClientRing | None
@@ -887,6 +891,7 @@ class Service:
             record.pages.thaw(request.page_ids)
             return ThawReply(request_id=request.request_id)
         page_ids = record.pages.require_frozen(request.page_ids)
+        self._require_few_in_flight(connection, record)
         record.pages.pin(page_ids)
         return self._thaw_in_memory(record, tier, page_ids, request)
 

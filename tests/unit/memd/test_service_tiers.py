@@ -312,6 +312,28 @@ def test_a_page_released_while_its_thaw_waits_is_not_thawed(client: Daemon) -> N
     assert client.client()["pages_free"] == 3
 
 
+def test_too_many_that_wait_are_refused_and_pin_nothing(
+    client: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memd.service.MAX_FETCHES_IN_FLIGHT", 2)
+    client.store_pages(4)
+    client.is_slow = True
+    waiting = [client.send(Thaw, page_ids=[0]), client.send(Fetch, rows=rows(1), landing_row=0)]
+    for kind, fields in (
+        (Thaw, {"page_ids": [2]}),
+        (Fetch, {"rows": rows(2), "landing_row": 1}),
+        (Reserve, {"num_pages": 1}),
+    ):
+        assert client.ask(kind, **fields).code is ErrorCode.TOO_MANY
+    for _ in range(6):
+        client.arrive()
+        client.step()
+    assert isinstance(client.replies[waiting[0]], ThawReply)
+    assert isinstance(client.replies[waiting[1]], FetchReply)
+    assert isinstance(client.ask(Release, page_ids=[2]), ReleaseReply)
+    assert client.client()["pages_leaving"] == 0
+
+
 @pytest.mark.parametrize("is_released", [False, True])
 @pytest.mark.parametrize("is_polite", [False, True])
 def test_memory_of_a_client_that_left_waits_for_the_page_on_its_way(
