@@ -83,6 +83,11 @@ class WaitingRoom(Generic[Result]):
         """Whether some request can go on now."""
         return any(not queue[0].is_asleep for queue in self._queues.values())
 
+    @property
+    def num_connections(self) -> int:
+        """Connections with requests that wait."""
+        return len(self._queues)
+
     def num_waiting(self, connection: bytes) -> int:
         """Requests of a connection that wait."""
         return len(self._queues.get(connection, ()))

@@ -304,10 +304,10 @@ class JudgedService:
             self._store.extents.allocated(),
             self._store.dirty_bytes,
             {
-                token: (session.connection, session.record is not None)
-                for token, session in self.service._sessions.items()
+                token: (session.connection, session.client is not None)
+                for token, session in self.service._sessions._by_token.items()
             },
-            set(self.service._connections),
+            set(self.service._sessions._by_connection),
             stats["counters"],
             stats["requests"],
             self.region.tobytes(),

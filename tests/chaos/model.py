@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from memd.errors import ProtocolError
+from memd.greeting import MAX_PAGES_PER_CLIENT
 from memd.protocol import (
     PROTOCOL_VERSION,
     Commit,
@@ -40,7 +41,6 @@ from memd.protocol import (
     ThawReply,
     decode_request,
 )
-from memd.service import MAX_PAGES_PER_CLIENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,7 +28,7 @@ HostTransfer.zero = lambda self, **where: None
 """
 DEAD_CLIENTS_KEPT = """
 from memd.service import Service
-Service.close_session = lambda self, token, reason: self._sessions.pop(token)
+Service.close_session = lambda self, token, reason: self._sessions.close(token)
 """
 MEMORY_LEAK = """
 from memd.service import Service

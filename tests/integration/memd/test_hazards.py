@@ -71,6 +71,7 @@ import zmq
 import memd.client
 from memd.client import MemdClient
 from memd.config import MemdConfig
+from memd.greeting import MAX_PAGES_PER_CLIENT
 from memd.protocol import (
     MAX_PAGES_PER_MESSAGE,
     PROTOCOL_VERSION,
@@ -83,7 +84,7 @@ from memd.protocol import (
     decode_reply,
     encode,
 )
-from memd.service import MAX_PAGES_PER_CLIENT, Service
+from memd.service import Service
 from memd.store import Store
 from memd.testing import FakeMemd
 from memd.transfer import HostTransfer

@@ -404,7 +404,7 @@ class TieredServiceMachine(RuleBasedStateMachine):
     def on_disk(self, index: int) -> list[int]:
         """Pages of a client that a fetch would have to bring back."""
         chosen = self.some(index)
-        tier = None if chosen is None else self.service._connections[chosen[0]].tier
+        tier = None if chosen is None else self.service._sessions.client(chosen[0]).tier
         if chosen is None or tier is None:
             return []
         return [page for page in chosen[1].states if tier.pages.place(page) is Place.DISK]
