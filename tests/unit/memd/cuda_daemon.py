@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from memd.protocol import (
 from memd.rings import Rings
 from memd.service import Service
 from memd.store import Store
+from memd.tiers import DiskTier, Tiers
+from memd.tiers.testing import FakeFile
 from memd.transfer import HostTransfer
 
 if TYPE_CHECKING:
@@ -41,7 +45,10 @@ GUARD = 512
 
 
 class CudaDaemon:
-    """memd without sockets, engines with a ring between two guards each, and a device or two."""
+    """memd without sockets, engines with a ring between two guards each, and a device or two.
+
+    With ``fd``, a memfd, its region has memory for half of its addresses and a disk below.
+    """
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class CudaDaemon:
         region_bytes: int = 1 << 18,
         staging_bytes: int = STAGING_BYTES,
         num_devices: int = 1,
+        fd: int | None = None,
         **options: Any,
     ) -> None:
         self.machine = FakeMachine(num_devices)
@@ -58,12 +66,23 @@ class CudaDaemon:
         self.now = 0.0
         self.num_loads = 0
         self.workers: list[Worker] = []
-        self.region = np.frombuffer(mmap.mmap(-1, region_bytes), dtype=np.uint8)
-        self.store = Store(region_bytes)
+        if fd is not None:
+            os.ftruncate(fd, region_bytes)
+        mapping = mmap.mmap(-1 if fd is None else fd, region_bytes)
+        self.region = np.frombuffer(mapping, dtype=np.uint8)
+        self.store, tiers = Store(region_bytes), None
+        if fd is not None:
+            file = FakeFile(region_bytes)
+            disk = DiskTier(Path(), region_bytes, open_file=lambda _, __: file)
+            tiers = Tiers(disk, eviction="lru", memory=self.region, fd=fd)
+            self.store = Store(
+                region_bytes, memory_bytes=region_bytes // 2, disk_bytes=region_bytes
+            )
         self.rings = Rings(
             self.store,
             self.region,
             staging_bytes=staging_bytes,
+            fill=None if tiers is None else tiers.fill,
             load=self.load,
             notify=lambda: self.service.note_news(),
             timeouts=Timeouts(start_s=8.0, call_s=4.0, copy_s=4.0),
@@ -74,6 +93,7 @@ class CudaDaemon:
             self.store,
             HostTransfer(self.region),
             rings=self.rings,
+            tiers=tiers,
             clock=lambda: self.now,
             **options,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from memd.protocol import (
+    Commit,
     ErrorCode,
     ErrorReply,
     FetchReply,
+    Freeze,
     Goodbye,
     GoodbyeReply,
     HelloReply,
@@ -20,9 +23,11 @@ from memd.protocol import (
     Pong,
     Release,
     ReleaseReply,
+    Reserve,
 )
 from memd.service import Service
 from memd.store import Store
+from memd.tiers.holes import allocated_bytes
 from memd.transfer import HostTransfer
 from tests.unit.memd.cuda_daemon import (
     LAYOUT,
@@ -405,3 +410,61 @@ def self_working(daemon: CudaDaemon) -> float:
     daemon.step_workers(3)
     daemon.driver.complete()
     return 0.0
+
+
+class TestAboveADisk:
+    """Pages come from disk, go through a slot that was filled for it, and land on a device."""
+
+    DEEP = msgspec.structs.replace(LAYOUT, page_tokens=2 * LAYOUT.page_tokens)
+
+    @pytest.fixture
+    def deep(self) -> Iterator[CudaDaemon]:
+        fd = os.memfd_create("test")
+        daemon = CudaDaemon(fd=fd)
+        daemon.hello(A, daemon.ring(A), layout=self.DEEP, num_pages=5, host_pages=2)
+        daemon.work()
+        self.hello = daemon.last(A)
+        assert isinstance(self.hello, HelloReply)
+        assert (self.hello.data_path, self.hello.host_pages) == ("cuda_ipc", 2)
+        yield daemon
+        daemon.check()
+        daemon.service.close_session(daemon.sessions[A], "test")
+        daemon.work()
+        while daemon.service.tidy(1 << 20):
+            pass
+        assert daemon.store.memory_free_bytes == daemon.store.memory_bytes
+        assert allocated_bytes(fd) == 0, "staging memory went with the last ring"
+        os.close(fd)
+
+    def store(self, daemon: CudaDaemon, num_pages: int) -> None:
+        """Frozen pages, filled with their number and one."""
+        for page in range(num_pages):
+            reserved = daemon.ask(A, Reserve(request_id=100 + page, num_pages=1))
+            daemon.work()
+            reserved = reserved or daemon.reply(A, 100 + page)
+            assert reserved.page_ids == [page]
+            start = self.hello.extent_offset + page * self.DEEP.page_bytes
+            daemon.region[start : start + self.DEEP.page_bytes] = page + 1
+            daemon.ask(A, Commit(request_id=11, page_ids=[page]))
+            daemon.ask(A, Freeze(request_id=12, page_ids=[page]))
+
+    def test_rows_of_pages_on_disk_land_in_the_ring(self, deep: CudaDaemon) -> None:
+        self.store(deep, 5)
+        size = self.DEEP.rows_per_page
+        assert deep.check()["clients"][0]["disk_pages"] == 3
+        for page in range(5):
+            assert deep.fetch(A, 20 + page, [page * size, page * size + size - 1]) is None
+            deep.work()
+            assert isinstance(deep.reply(A, 20 + page), FetchReply)
+            assert (deep.landed(A, 0, 2) == page + 1).all()
+
+    def test_a_fetch_of_too_many_pages_gives_its_place_back(self, deep: CudaDaemon) -> None:
+        self.store(deep, 3)
+        size = self.DEEP.rows_per_page
+        reply = deep.fetch(A, 30, [0, size, 2 * size])
+        deep.work()
+        refused(reply or deep.reply(A, 30), ErrorCode.NO_ROOM)
+        deep.fetch(A, 31, [0, size])
+        deep.work()
+        assert (deep.landed(A, 0, 1) == 1).all()
+        assert (deep.landed(A, 1, 1) == 2).all()
