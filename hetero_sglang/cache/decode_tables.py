@@ -5,7 +5,8 @@ lengths and token slots are copied into buffers that live as long as the graphs 
 marked there as the kernels define it (row -1, length 0). How many entries are real is read from
 device memory, because a graph's Python does not run again. Not yet run on a GPU.
 
-Knows nothing of who calls when: ``set_num_real`` is for between the steps, ``stage`` may be captured.
+Knows nothing of who calls when: ``set_num_real`` is for between the steps, ``stage`` may be
+captured.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from hetero_kernels import DecodeBatch
 class DecodeTables:
     """Static buffers of one decode batch.
 
-    Entries at and after ``num_real`` are padding, and so is every entry whose row is 0: SGLang never
-    gives row 0 of its request table to a request.
+    Entries at and after ``num_real`` are padding, and so is every entry whose row is 0: SGLang
+    never gives row 0 of its request table to a request.
 
     Attributes:
         max_reqs: Most requests of a batch.

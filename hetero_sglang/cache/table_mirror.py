@@ -1,9 +1,9 @@
 """The block pool's tables as kernels on the device read them.
 
-The truth is on the host (``BlockPool``), where the scheduler changes it while the device still works on
-the step before. The mirror is changed on the stream of the forward passes only, between two of
-them, and by what has changed: new blocks of the batch's rows, and lengths of rows that are new. A freed
-row's entries stay as they were, because nobody reads them. Not yet run on a GPU.
+The truth is on the host (``BlockPool``), where the scheduler changes it while the device still
+works on the step before. The mirror is changed on the stream of the forward passes only, between
+two of them, and by what has changed: new blocks of the batch's rows, and lengths of rows that are
+new. A freed row's entries stay as they were, because nobody reads them. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """A copy of an array on a device; the host does not wait, and may change the array at once.
 
-    On CUDA the copy goes through page-locked memory of torch's caching allocator, which gives a piece out
-    again only when the copy from it is done.
+    On CUDA the copy goes through page-locked memory of torch's caching allocator, which gives a
+    piece out again only when the copy from it is done.
 
     Args:
         array: Any array.

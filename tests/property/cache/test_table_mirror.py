@@ -1,4 +1,4 @@
-"""The mirror of the block tables: after a sync the step's rows are the host's, whatever happened."""
+"""The mirror of the block tables: after a sync the step's rows are the host's."""
 
 from __future__ import annotations
 
