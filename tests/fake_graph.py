@@ -48,7 +48,8 @@ class NoHostSync(TorchDispatchMode):
     Where everything is on the CPU nothing waits, so this goes by what an operation would do if its
     tensors were on a device: reading a value (``item``, ``tolist``, truth), shapes that depend on
     contents (``nonzero``, boolean indices), conversions to another device and tensors made from
-    Python data. ``numpy`` and ``tolist`` of a CPU tensor never come by here; ``guarded`` replaces them.
+    Python data. ``numpy`` and ``tolist`` of a CPU tensor never come by here; ``guarded`` replaces
+    them.
     """
 
     def __torch_dispatch__(
