@@ -90,7 +90,8 @@ class GraphRuntime(HeteroRuntime):
         before, is the same batch.
         """
         super().allocate(rows, seq_lens)
-        self._announced = (rows.copy(), seq_lens.copy())
+        # Copies: SGLang counts its lengths up in place.
+        self._announced = (rows.astype(np.int64), seq_lens.astype(np.int64))
 
     def free(self, row: int) -> None:
         """As ``HeteroRuntime.free``; mail about the row's request is void from now on."""

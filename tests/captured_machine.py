@@ -31,6 +31,34 @@ if TYPE_CHECKING:
 LAYERS = 2
 
 
+def tensors_held(owner: Any, seen: dict[int, Any] | None = None) -> dict[int, Any]:
+    """Every tensor that an object of ours holds, by identity, with its address."""
+    seen = {} if seen is None else seen
+    if id(owner) in seen:
+        return seen
+    if isinstance(owner, torch.Tensor):
+        seen[id(owner)] = (owner, owner.data_ptr())
+        return seen
+    parts: list[Any] = []
+    if isinstance(owner, dict):
+        parts = list(owner.values())
+    elif isinstance(owner, list | tuple):
+        parts = list(owner)
+    elif type(owner).__module__.startswith(("hetero_", "tests.")):
+        slots = [getattr(owner, name, None) for name in getattr(type(owner), "__slots__", ())]
+        parts = [*slots, *getattr(owner, "__dict__", {}).values()]
+    if parts:
+        seen[id(owner)] = (owner, None)
+    for part in parts:
+        tensors_held(part, seen)
+    return seen
+
+
+def addresses_held(owner: Any) -> list[int]:
+    """Addresses of every tensor that an object of ours holds."""
+    return sorted(address for _, address in tensors_held(owner).values() if address is not None)
+
+
 class Backend(GraphAttentionBackend):
     """The backend over a runtime that is there, without SGLang's pools."""
 
@@ -46,7 +74,7 @@ class Runner:
     """What ``DecodeCudaGraphRunner`` does with an attention backend."""
 
     def __init__(self, backend: Backend, sizes: list[int], is_recording: bool) -> None:
-        self.backend, self.sizes = backend, sizes
+        self.backend, self.sizes, self.is_recording = backend, sizes, is_recording
         most = max(sizes)
         backend.init_cuda_graph_state(most, most)
         self.fill_value = backend.get_cuda_graph_seq_len_fill_value()
@@ -74,9 +102,9 @@ class Runner:
         ]
         self.graphs: dict[int, Callable[[], None]] = {}
         for size in sorted(sizes, reverse=True):
-            self.graphs[size] = self.capture(size, is_recording)
+            self.graphs[size] = self.capture(size)
 
-    def capture(self, size: int, is_recording: bool) -> Callable[[], None]:
+    def capture(self, size: int) -> Callable[[], None]:
         """``_capture_one_batch_size`` and ``FullCudaGraphBackend.capture_one``."""
         batch = SimpleNamespace(
             forward_mode=ForwardMode.DECODE,
@@ -99,10 +127,14 @@ class Runner:
         for _ in range(2):
             run_once()
             self.backend.on_after_cuda_graph_warmup()
-        if not is_recording:
+        if not self.is_recording:
             return run_once
+        before = addresses_held(self.backend.runtime)
         graph = FakeGraph.capture(run_once)
         assert graph.num_launches == 4 * LAYERS
+        # What a capture makes is the graph's; the backend keeps nothing of it.
+        assert addresses_held(self.backend.runtime) == before
+        assert not {t.data_ptr() for t in graph.made if t.numel()} & set(before)
         return graph.replay
 
     @contextlib.contextmanager
@@ -170,8 +202,10 @@ class Runner:
         for layer, (q, k, v) in enumerate(inputs()):
             self.q[layer, :count], self.k[layer, :count] = q.flatten(1), k.flatten(1)
             self.v[layer, :count] = v.flatten(1)
+        before = addresses_held(self.backend.runtime)
         with self.host_runs_ahead():
             self.graphs[size]()
+        assert not self.is_recording or addresses_held(self.backend.runtime) == before
         padding = self.out[:, count:size]
         assert torch.equal(padding, torch.zeros_like(padding))
         return self.out[:, :count].view(LAYERS, count, eager.HEADS * eager.GROUP, eager.DIM)
