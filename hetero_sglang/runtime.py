@@ -168,7 +168,11 @@ class HeteroRuntime:
         assert watch is not None or not (self._is_watching and config.has_watch_pool)
         watching_rows = num_rows if self._is_watching else 0
         self._reference = torch.zeros(
-            watching_rows, tables.num_pivots, self._num_words, dtype=torch.int32
+            watching_rows,
+            tables.num_pivots,
+            self._num_words,
+            dtype=torch.int32,
+            device=k_resident.device,
         )
         self._pivot_queries = torch.zeros(
             watching_rows,
@@ -177,6 +181,7 @@ class HeteroRuntime:
             group_size,
             head_dim,
             dtype=k_resident.dtype,
+            device=k_resident.device,
         )
         self._watched_keys = k_resident if watch is None else watch.keys
         self._watched_plane = torch.from_numpy(tables.watched_plane)
@@ -576,36 +581,43 @@ class HeteroRuntime:
         return self._is_watching and len(self.tables.layers[layer].pivots) > 0
 
     def _make_layer(self, layer: int, scale: float) -> DecodeLayer:
+        return DecodeLayer(self._layer_tensors(layer, scale))
+
+    def _layer_tensors(self, layer: int, scale: float) -> LayerTensors:
         heads = self.tables.layers[layer]
         watch = self._watches(layer)
-        return DecodeLayer(
-            LayerTensors(
-                k_resident=self._k_resident,
-                v_resident=self._v_resident,
-                k_blocks=self.blocks.k,
-                v_blocks=self.blocks.v,
-                block_table=self.blocks.table,
-                kept_lens=self.blocks.kept_lens,
-                prompt_lens=self.blocks.prompt_lens,
-                head_map=torch.from_numpy(heads.head_map),
-                scale=scale,
-                group_size=self._group_size,
-                req_to_token=self._req_to_token,
-                block_positions=self.blocks.positions,
-                pivot_queries=self._pivot_queries if watch else None,
-                pivot_map=torch.from_numpy(heads.pivot_map) if watch else None,
-            )
+        return LayerTensors(
+            k_resident=self._k_resident,
+            v_resident=self._v_resident,
+            k_blocks=self.blocks.k,
+            v_blocks=self.blocks.v,
+            block_table=self.blocks.table,
+            kept_lens=self.blocks.kept_lens,
+            prompt_lens=self.blocks.prompt_lens,
+            head_map=torch.from_numpy(heads.head_map),
+            scale=scale,
+            group_size=self._group_size,
+            req_to_token=self._req_to_token,
+            block_positions=self.blocks.positions,
+            pivot_queries=self._pivot_queries if watch else None,
+            pivot_map=torch.from_numpy(heads.pivot_map) if watch else None,
         )
 
     def _check_drift(self, rows: NDArray[np.int64]) -> None:
         """Compares the pivots' newest attention with their references; sets targets."""
-        assert self._retrieval is not None
-        num_pivots, interval = self.tables.num_pivots, self.config.drift_interval
-        if num_pivots == 0:
+        if self.tables.num_pivots == 0:
             return
+        overlap, newest = self._measure_drift(rows)
+        for row, pivot, entry in self._drifted(rows, overlap.numpy()):
+            best, scores = self._rank_anew(row, pivot, newest[entry])
+            self._retarget(row, pivot, best.numpy(), scores.numpy())
+
+    def _measure_drift(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Overlap of every pivot of these rows, [rows * pivots, S], and its newest scores."""
+        num_pivots, interval = self.tables.num_pivots, self.config.drift_interval
         index = torch.from_numpy(rows)
         lens = self.blocks.prompt_lens.index_select(0, index)
-        overlap, newest = topk_overlap(
+        return topk_overlap(
             self._pivot_queries.index_select(0, index).view(
                 -1, interval, self._group_size, self._head_dim
             ),
@@ -618,25 +630,47 @@ class HeteroRuntime:
             reference=self._reference.index_select(0, index).view(-1, self._num_words),
             scale=self._scale,
         )
-        drifted = np.flatnonzero(drift_verdict(overlap.numpy(), self.config.drift_threshold))
+
+    def _drifted(
+        self, rows: NDArray[np.int64], overlap: NDArray[np.float32]
+    ) -> list[tuple[int, int, int]]:
+        """Row, pivot and entry of ``overlap`` of each pivot that drifted; counts."""
+        num_pivots = self.tables.num_pivots
+        drifted = np.flatnonzero(drift_verdict(overlap, self.config.drift_threshold))
         self.drift.checks += overlap.shape[0]
         self.drift.events += len(drifted)
-        for entry in drifted.tolist():
-            row, pivot = int(rows[entry // num_pivots]), entry % num_pivots
-            budget = self._decoding[row]
-            refreshed = self.tables.refreshed[pivot].tolist()
-            # How many of the pivot's best each head must have.
-            wanted = [math.ceil(self.config.refresh_share * budget.tokens[h]) for h in refreshed]
-            scores = newest[entry, : budget.num_tokens]
-            self._reference[row, pivot] = top_bits(scores, budget.reference_size, self._num_words)
-            scores = protect(scores, self.config.window)
-            count = max(wanted, default=0)
-            best = top_positions(scores, count, order="best").numpy().astype(np.int64)
-            scores_np = scores.numpy()
-            for head, size in zip(refreshed, wanted, strict=True):
-                held = self._retrieval.expected_positions(row, head)
-                target = refresh_target(best[:size], held, scores_np)
-                self._retrieval.set_target(row, head, target)
+        return [
+            (int(rows[entry // num_pivots]), entry % num_pivots, entry)
+            for entry in drifted.tolist()
+        ]
+
+    def _refresh_sizes(self, row: int, pivot: int) -> list[int]:
+        """How many of the pivot's best each head that it refreshes must have."""
+        tokens, share = self._decoding[row].tokens, self.config.refresh_share
+        return [math.ceil(share * tokens[h]) for h in self.tables.refreshed[pivot].tolist()]
+
+    def _rank_anew(
+        self, row: int, pivot: int, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replaces a pivot's reference; its best positions, best first, and scores to rank by."""
+        budget = self._decoding[row]
+        scores = scores[: budget.num_tokens]
+        self._reference[row, pivot] = top_bits(scores, budget.reference_size, self._num_words)
+        scores = protect(scores, self.config.window)
+        count = max(self._refresh_sizes(row, pivot), default=0)
+        return top_positions(scores, count, order="best"), scores
+
+    def _retarget(
+        self, row: int, pivot: int, best: NDArray[np.int32], scores: NDArray[np.float32]
+    ) -> None:
+        """Names the positions that a drifted pivot's heads shall hold."""
+        assert self._retrieval is not None
+        positions = best.astype(np.int64)
+        heads = self.tables.refreshed[pivot].tolist()
+        for head, size in zip(heads, self._refresh_sizes(row, pivot), strict=True):
+            held = self._retrieval.expected_positions(row, head)
+            target = refresh_target(positions[:size], held, scores)
+            self._retrieval.set_target(row, head, target)
 
     def _lose_memd(self) -> None:
         assert self._retrieval is not None

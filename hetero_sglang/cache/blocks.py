@@ -86,6 +86,11 @@ class BlockPool:
         return self.num_blocks - self._num_free
 
     @property
+    def num_owned(self) -> NDArray[np.int64]:
+        """Blocks of each row and compressed head, int64 [num_rows, num_compressed]; not a copy."""
+        return self._num_owned
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block, K and V."""
         return 2 * self.block_tokens * self.k.shape[2] * self.k.element_size()

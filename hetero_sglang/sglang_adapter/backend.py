@@ -65,7 +65,10 @@ class HeteroAttentionBackend(AttentionBackend):
 
     Attributes:
         runtime: Residency of all requests.
+        runtime_class: What ``runtime`` is made of.
     """
+
+    runtime_class: type[HeteroRuntime] = HeteroRuntime
 
     def __init__(self, runner: Any) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class HeteroAttentionBackend(AttentionBackend):
                 f"--kv-policy heterocache found the allocator {type(allocator).__name__} instead "
                 "of its own; another plugin or flag replaced it"
             )
-        self.runtime = _build_runtime(pool, runner.req_to_token_pool)
+        self.runtime = _build_runtime(pool, runner.req_to_token_pool, self.runtime_class)
         allocator.runtime = self.runtime
         runner.req_to_token_pool.attach_aux_cache(
             RequestState(self.runtime, runner.max_total_num_tokens)
@@ -171,7 +174,9 @@ class HeteroAttentionBackend(AttentionBackend):
             )
 
 
-def _build_runtime(pool: HeteroKVPool, req_to_token_pool: Any) -> HeteroRuntime:
+def _build_runtime(
+    pool: HeteroKVPool, req_to_token_pool: Any, runtime_class: type[HeteroRuntime]
+) -> HeteroRuntime:
     setup, shape = pool.setup, pool.shape
     req_to_token = req_to_token_pool.req_to_token
     blocks = BlockPool(
@@ -214,7 +219,7 @@ def _build_runtime(pool: HeteroKVPool, req_to_token_pool: Any) -> HeteroRuntime:
             device=pool.device,
         )
         assert watch.token_bytes == shape.watched_bytes
-    runtime = HeteroRuntime(
+    runtime = runtime_class(
         tables=setup.tables,
         config=setup.config,
         k_resident=pool.k_resident,

@@ -88,6 +88,20 @@ SCHEDULER_TARGETS: tuple[str, ...] = (
 )
 """Needed in the scheduler process as well."""
 
+_RUNNER = _SRT + "model_executor.runner.decode_cuda_graph_runner."
+GRAPH_TARGETS: tuple[str, ...] = (
+    _BACKEND + "init_cuda_graph_state",
+    _BACKEND + "init_forward_metadata_out_graph",
+    _BACKEND + "init_forward_metadata_in_graph",
+    _BACKEND + "get_cuda_graph_seq_len_fill_value",
+    _BACKEND + "on_after_cuda_graph_warmup",
+    _BACKEND + "shared_read_ends",
+    _RUNNER + "build_replay_fb_view",
+    _RUNNER + "DecodeCudaGraphRunner._run_in_graph_metadata_prep",
+    _SRT + "model_executor.runner_backend.full_cuda_graph_backend.FullCudaGraphBackend.capture_one",
+)
+"""Needed where decode steps are captured in CUDA graphs."""
+
 
 def signature_of(target: str) -> str:
     """Signature of a dotted target, looking through wrappers of other hooks.
@@ -138,5 +152,6 @@ def check_compatibility(targets: tuple[str, ...]) -> None:
 
 def write_manifest() -> None:
     """Records the signatures of the installed SGLang; run when moving to a new version."""
-    manifest = {target: signature_of(target) for target in LAUNCHER_TARGETS + SCHEDULER_TARGETS}
+    targets = LAUNCHER_TARGETS + SCHEDULER_TARGETS + GRAPH_TARGETS
+    manifest = {target: signature_of(target) for target in targets}
     MANIFEST_PATH.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

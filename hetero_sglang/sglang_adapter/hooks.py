@@ -124,6 +124,10 @@ def register_scheduler_hooks() -> None:
 
     @register_attention_backend(ATTENTION_BACKEND)
     def build(runner: Any) -> Any:
+        if str(runner.device).startswith("cuda"):
+            from hetero_sglang.sglang_adapter.graph import GraphAttentionBackend
+
+            return GraphAttentionBackend(runner)
         from hetero_sglang.sglang_adapter.backend import HeteroAttentionBackend
 
         return HeteroAttentionBackend(runner)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-TARGETS = compat.LAUNCHER_TARGETS + compat.SCHEDULER_TARGETS
+TARGETS = compat.LAUNCHER_TARGETS + compat.SCHEDULER_TARGETS + compat.GRAPH_TARGETS
 MANIFEST = json.loads(compat.MANIFEST_PATH.read_text())
 
 
