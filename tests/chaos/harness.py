@@ -203,11 +203,11 @@ class Chaos:
             self._restart_at = time.monotonic() + fault.strength * _MAX_DEATH_S
 
         elif fault.kind == "spoil a disk" and self._plan.disk_bytes:
+            # Not the survivor's: after three bad pages in a row it would have no disk any more.
             places = np.random.default_rng(int(fault.strength * 2**53))
-            if daemon.spoil_disk(places):
-                self._report.tell("spoil", name=daemon.name)
+            if self._mortal.spoil_disk(places):
+                self._report.tell("spoil", name=self._mortal.name)
         elif fault.kind == "cut a disk" and self._plan.disk_bytes and self._mortal.is_up:
-            # Not the survivor's: it would have none from then on.
             self._report.tell("cut", name=self._mortal.name)
             self._mortal.cut_disk()
 
