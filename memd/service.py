@@ -317,6 +317,8 @@ class Service:
     def tidy(self, max_bytes: int) -> bool:
         """Do a bit of what nobody waits for: zero memory, make room; True when more is left."""
         more = self.scrub(max_bytes)
+        if self._tiers is None:
+            return more
         for _, client in self._sessions.registered():
             if client.tier is not None:
                 more |= client.tier.tidy()

@@ -134,7 +134,7 @@ class Report:
         return [{**event, "at": self.elapsed_s(event["at"])} for event in ordered]
 
     def summary(self) -> dict[str, Any]:
-        """The report as plain data, for a file."""
+        """The report as plain data, for a file; without single events, which the seed gives again."""
         return {
             "plan": dataclasses.asdict(self.plan),
             "violations": self.violations,
@@ -152,7 +152,6 @@ class Report:
                 "disk": self.memd_disk,
                 "calms": [dataclasses.asdict(calm) for calm in self.calms],
             },
-            "events": self._timed_events(),
         }
 
 
