@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Row:
         dtype: Dtype's name.
         native_us: Time of the compiled kernel.
         torch_us: Time of the torch implementation; ``None`` if not timed.
+        others_us: Times of what else it is held against, by name.
         num_bytes: Bytes that have to be read; 0 where that is not the point.
         num_flops: Floating-point operations; 0 where that is not the point.
     """
@@ -41,6 +42,7 @@ class Row:
     torch_us: float | None = None
     num_bytes: int = 0
     num_flops: int = 0
+    others_us: dict[str, float] = field(default_factory=dict)
 
 
 def timed_us(function: Callable[[], object], budget_s: float = 1.0) -> float:
@@ -84,22 +86,15 @@ def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    console = Console(width=110)
+    console = Console(width=130)
     before = machine.read_bandwidth_gb_s()
     measured = list(rows(options))
     # Again afterwards: the better one is what the memory can do.
     bandwidth = max(before, machine.read_bandwidth_gb_s())
     table = Table(title=f"{name} ({native_status()}, {options.threads} threads)")
-    for column in (
-        "case",
-        "dtype",
-        "native us",
-        "torch us",
-        "ratio",
-        "GB/s",
-        "of memory",
-        "GFLOP/s",
-    ):
+    others = list(dict.fromkeys(name for row in measured for name in row.others_us))
+    against = [text for name in ("torch", *others) for text in (f"{name} us", "ratio")]
+    for column in ("case", "dtype", "native us", *against, "GB/s", "of memory", "GFLOP/s"):
         table.add_column(column, justify="left" if column in ("case", "dtype") else "right")
     for row in measured:
         speed = row.num_bytes / row.native_us / 1e3
@@ -107,8 +102,8 @@ def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None
             row.case,
             row.dtype,
             f"{row.native_us:,.1f}",
-            f"{row.torch_us:,.1f}" if row.torch_us else "",
-            f"{row.torch_us / row.native_us:.1f}x" if row.torch_us else "",
+            *_against(row.torch_us, row.native_us),
+            *(cell for name in others for cell in _against(row.others_us.get(name), row.native_us)),
             f"{speed:.1f}" if row.num_bytes else "",
             f"{speed / bandwidth:.0%}" if row.num_bytes else "",
             f"{row.num_flops / row.native_us / 1e3:.0f}" if row.num_flops else "",
@@ -123,6 +118,11 @@ def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None
         "rows": [asdict(row) for row in measured],
     }
     console.print(f"written: {results.save(f'ops-{name}', report, options.out)}")
+
+
+def _against(other_us: float | None, native_us: float) -> tuple[str, str]:
+    """Two cells: the other's time, and how often ours fits into it."""
+    return ("", "") if other_us is None else (f"{other_us:,.1f}", f"{other_us / native_us:.1f}x")
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -1,6 +1,9 @@
 """Decode step of all layers at SmolLM2's shape: 3 KV heads of 64, one resident, two compressed.
 
 ``make bench OP=ops/decode_attention``
+
+SGLang's own decode on CPU stands beside it, over the whole context: what the policy saves and what
+the kernel saves, together. "Of memory" is of the machine's own read bandwidth, over the rows kept.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from benchmarks.ops._harness import DTYPES, Row, check, main, timed_us
 from hetero_kernels import DecodeBatch, DecodeLayer
@@ -23,8 +27,11 @@ if TYPE_CHECKING:
 # Together far above the last cache: in a model the weights pass through it between two layers.
 POOL_BYTES = 256 * 2**20
 MAX_LAYERS = 256
-CONTEXTS = (128, 1024, 4096, 8192)
+# The last two keep 8,192 and 32,768 rows in each compressed head.
+CONTEXTS = (128, 1024, 4096, 8192, 16384, 65536)
 SHARE_KEPT = 0.5
+NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 3, 3, 64
+SCALE = HEAD_DIM**-0.5
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -40,15 +47,15 @@ def measure(dtype: torch.dtype, name: str, batch_size: int, context: int, scatte
     """Check one layer against the reference, then time them, a call for each in turn."""
     kept = int(context * SHARE_KEPT)
     tokens = batch_size * (context + 8 + 2 * (kept + 8))
-    layer_bytes = tokens * 2 * 64 * dtype.itemsize
+    layer_bytes = tokens * 2 * HEAD_DIM * dtype.itemsize
     cases = [
         make_decode_case(
             prompt_lens=[context] * batch_size,
             kept_lens=[[kept, kept]] * batch_size,
             generated=[8] * batch_size,
             head_map=[-1, 0, -2],
-            group_size=3,
-            head_dim=64,
+            group_size=GROUP_SIZE,
+            head_dim=HEAD_DIM,
             dtype=dtype,
             scattered=scattered,
             seed=seed,
@@ -84,7 +91,37 @@ def measure(dtype: torch.dtype, name: str, batch_size: int, context: int, scatte
         native_us=timed_us(next_layer("native"), 2.0),
         torch_us=timed_us(next_layer("torch")),
         num_bytes=layer_bytes,
+        others_us={"stock": stock_us(dtype, batch_size, context + 8)},
     )
+
+
+def stock_us(dtype: torch.dtype, batch_size: int, num_tokens: int) -> float:
+    """One layer of SGLang's own decode on CPU, every head over every token."""
+    num_slots = batch_size * num_tokens + 1
+    layer_bytes = 2 * num_slots * NUM_KV_HEADS * HEAD_DIM * dtype.itemsize
+    num_layers = max(3, min(MAX_LAYERS, POOL_BYTES // layer_bytes))
+    shape = num_layers, num_slots, NUM_KV_HEADS, HEAD_DIM
+    keys, values = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    q = torch.randn(batch_size, NUM_KV_HEADS * GROUP_SIZE, HEAD_DIM).to(dtype)
+    req_to_token = torch.arange(1, num_slots, dtype=torch.int32).view(batch_size, num_tokens)
+    rows = torch.arange(batch_size)
+    seq_lens = torch.full((batch_size,), num_tokens, dtype=torch.int64)
+    # The method reads nothing of the backend, which cannot be made without a whole server.
+    stock = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)
+    decode = stock._run_sdpa_forward_decode  # noqa: SLF001
+    out = torch.empty_like(q)
+
+    def attend(layer: int) -> torch.Tensor:
+        k, v = keys[layer], values[layer]
+        decode(q, out, k, v, req_to_token, rows, seq_lens, scaling=SCALE, enable_gqa=True)
+        return out
+
+    k, v = (pool[0, req_to_token.long()].transpose(1, 2).float() for pool in (keys, values))
+    grouped = q.float().view(batch_size, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM)
+    expected = torch.softmax(grouped @ k.transpose(2, 3) * SCALE, dim=-1) @ v
+    check(attend(0).float(), expected.view(q.shape), 2 * TOLERANCE[dtype])
+    layers = itertools.cycle(range(num_layers))
+    return timed_us(lambda: attend(next(layers)))
 
 
 if __name__ == "__main__":

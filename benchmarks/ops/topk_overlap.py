@@ -1,6 +1,9 @@
 """The drift check of a whole model: 25 pivots, 5 queries of 3 heads of 64 each.
 
 ``make bench OP=ops/topk_overlap``
+
+Beside it stands one layer's decode attention over the same keys and their values, one query of each
+head: what a check of them may cost at most.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import torch
 
 from benchmarks.ops._harness import DTYPES, Row, check, main, timed_us
 from hetero_kernels import (
+    DecodeBatch,
+    DecodeLayer,
     QuantizedKeys,
     pack_positions,
     quantize_keys,
@@ -19,6 +24,7 @@ from hetero_kernels import (
     topk_overlap,
 )
 from hetero_kernels.quantize_keys import num_groups
+from hetero_kernels.testing import TOLERANCE, make_decode_case
 
 if TYPE_CHECKING:
     import argparse
@@ -44,6 +50,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
             # Nearly equal scores may swap.
             assert (actual[0] - expected[0]).abs().max() <= 2 / int(case["top_k"][0])
             queries = NUM_PIVOTS * NUM_QUERIES * GROUP_SIZE
+            others = {"attention": attention_us(DTYPES[name], length)} if not bits else {}
             yield Row(
                 case=f"{length} tokens" + (f", int{bits} keys" if bits else ""),
                 dtype=name,
@@ -51,7 +58,43 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
                 torch_us=timed_us(lambda case=case: topk_overlap(**case, impl="torch")),
                 num_bytes=NUM_PIVOTS * length * key_bytes,
                 num_flops=2 * queries * length * HEAD_DIM,
+                others_us=others,
             )
+
+
+def attention_us(dtype: torch.dtype, length: int) -> float:
+    """Decode attention of one layer with as many KV heads as there are pivots."""
+    cases = [
+        make_decode_case(
+            prompt_lens=[length - 1],
+            kept_lens=[[]],
+            generated=[1],
+            head_map=list(range(NUM_PIVOTS)),
+            group_size=GROUP_SIZE,
+            head_dim=HEAD_DIM,
+            dtype=dtype,
+            scattered=False,
+            seed=seed,
+        )
+        for seed in range(2)
+    ]
+    calls = []
+    for case in cases:
+        layer = DecodeLayer(case.layer, impl="native")
+        batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+        layer.append(case.k, case.v, None, batch)
+        calls.append((layer, case.q, torch.empty_like(case.q), batch))
+    ours = calls[0][0].attend(*calls[0][1:])
+    reference = DecodeLayer(cases[0].layer, impl="reference")
+    expected = reference.attend(cases[0].q, torch.empty_like(cases[0].q), calls[0][3])
+    check(ours, expected, 2 * TOLERANCE[dtype])
+    alternately = itertools.cycle(calls)
+
+    def attend() -> None:
+        layer, q, out, batch = next(alternately)
+        layer.attend(q, out, batch)
+
+    return timed_us(attend)
 
 
 def make(dtype: torch.dtype, length: int, bits: int) -> dict[str, Any]:

@@ -6,6 +6,10 @@ answer first and the policy really compressed.
 
     python -m benchmarks.serving.decode
     python -m benchmarks.serving.decode --contexts 128,7500 --dtypes float32 --rounds 2
+    python -m benchmarks.serving.decode --also paper,unwatched
+
+What a context costs is the time of a token after a long prompt less that after a short one; its
+floor is the time that the machine's own read bandwidth needs for the KV that the policy keeps.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.common import machine, results
 from tests.server.harness import Server, ServerError, start_server
@@ -39,10 +44,12 @@ CONTEXT_LENGTH = 8192
 # Two correct bf16 servers may round a logit differently by this much.
 LOGPROB_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 MIN_COMPRESSED_TOKENS = 1024
+UNWATCHED = "unwatched"
+"""Name of the side whose pivots do not watch for drift."""
 
 STATE_KEYS = (
     *("ratio", "floor", "preset", "pivot_rows", "watch_dtype", "window", "refresh_share"),
-    *("kernels", "drift", "fetches", "areas"),
+    *("min_tokens", "kernels", "drift", "fetches", "areas"),
 )
 
 console = Console(stderr=True)
@@ -89,10 +96,11 @@ def main() -> int:
             console.print(f"[red]{text}; wait, or give --allow-busy")
             return 2
         console.print(f"[yellow]{text}")
+    bandwidth = machine.read_bandwidth_gb_s()
     report: dict[str, Any] = {
         "benchmark": "serving/decode",
         "machine": machine.describe() | {"busy_share_before": round(busy, 3)},
-        "read_bandwidth_gb_s": round(machine.read_bandwidth_gb_s(), 1),
+        "read_bandwidth_gb_s": round(bandwidth, 1),
         "settings": results.settings(options),
         "decode": {},
         "prefill": {},
@@ -101,7 +109,7 @@ def main() -> int:
     path: Path | None = options.out
     try:
         for part, dtypes, measure in (
-            ("decode", options.dtypes, measure_decode),
+            ("decode", options.dtypes, partial(measure_decode, bandwidth_gb_s=bandwidth)),
             ("prefill", options.prefill_dtypes, measure_prefill),
         ):
             for dtype in dtypes:
@@ -143,13 +151,18 @@ def parse_arguments() -> argparse.Namespace:
         "--preset", default="default", help="as --kv-policy-preset, of the side named policy"
     )
     parser.add_argument(
-        "--also", type=_names, default=[], help="more presets to decode with, for example paper"
+        "--also",
+        type=_names,
+        default=[],
+        help="more sides to decode with: presets, for example paper, or unwatched: the preset "
+        "without drift checks and fetches, which shows what those cost",
     )
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine too")
     options = parser.parse_args()
-    # Servers with the policy by the name of their side.
-    options.sides = {"policy": options.preset, **{name: name for name in options.also}}
+    # Presets of the servers with the policy, by the name of their side.
+    presets = {name: options.preset if name == UNWATCHED else name for name in options.also}
+    options.sides = {"policy": options.preset, **presets}
     return options
 
 
@@ -202,13 +215,17 @@ def policy_flags(options: argparse.Namespace, preset: str) -> tuple[str, ...]:
     )
 
 
-def measure_decode(options: argparse.Namespace, dtype: str, prompts: Prompts) -> dict[str, Any]:
-    """Time per token of both sides at every context length."""
+def measure_decode(
+    options: argparse.Namespace, dtype: str, prompts: Prompts, *, bandwidth_gb_s: float
+) -> dict[str, Any]:
+    """Time per token of all sides at every context length."""
     with contextlib.ExitStack() as stack:
         sides = {"stock": stack.enter_context(serve(options, dtype, "stock"))}
         for name, preset in options.sides.items():
             flags = policy_flags(options, preset)
-            sides[name] = stack.enter_context(serve(options, dtype, f"preset {preset}", *flags))
+            if name == UNWATCHED:
+                flags += ("--kv-policy-retrieval", "off")
+            sides[name] = stack.enter_context(serve(options, dtype, name, *flags))
         for context in options.contexts:
             check_answers(sides, prompts.ids(context, 0), dtype)
         timings = {(side, context): Timing() for side in sides for context in options.contexts}
@@ -224,14 +241,47 @@ def measure_decode(options: argparse.Namespace, dtype: str, prompts: Prompts) ->
         states = {side: sides[side].heterocache() for side in options.sides}
         for side, state in states.items():
             more = state["drift"]["checks"] - checks_before[side]
-            check_policy(state, options, num_checks=more)
+            check_policy(state, options, num_checks=more, is_watched=side != UNWATCHED)
     summary: dict[str, Any] = {
         side: {str(context): timings[side, context].summary() for context in options.contexts}
         for side in sides
     }
     for side, state in states.items():
         summary[f"{side}_state"] = {key: state[key] for key in STATE_KEYS}
+    summary["context"] = context_costs(options, dtype, summary, bandwidth_gb_s)
     return summary
+
+
+def context_costs(
+    options: argparse.Namespace, dtype: str, summary: dict[str, Any], bandwidth_gb_s: float
+) -> dict[str, Any]:
+    """What the longest context costs over the shortest on each side, in milliseconds a token."""
+    low, high = min(options.contexts), max(options.contexts)
+    costs = {
+        side: summary[side][str(high)]["tpot_ms"] - summary[side][str(low)]["tpot_ms"]
+        for side in ("stock", *options.sides)
+    }
+    shortest = summary["policy_state"]["min_tokens"]
+
+    def kept(num_tokens: int) -> float:
+        return num_tokens * (options.ratio if num_tokens > shortest else 1.0)
+
+    num_bytes = (kept(high) - kept(low)) * token_bytes(options.model, dtype)
+    return {
+        "from": low,
+        "to": high,
+        "cost_ms": {side: round(cost, 3) for side, cost in costs.items()},
+        "kept_bytes": int(num_bytes),
+        "floor_ms": _ms(num_bytes / bandwidth_gb_s / 1e9),
+    }
+
+
+def token_bytes(model_dir: Path, dtype: str) -> int:
+    """Bytes of one token's K and V over all heads of all layers."""
+    config = AutoConfig.from_pretrained(model_dir)
+    head_dim = config.hidden_size // config.num_attention_heads
+    row_bytes = 2 * head_dim * {"float32": 4, "bfloat16": 2}[dtype]
+    return int(config.num_hidden_layers * config.num_key_value_heads * row_bytes)
 
 
 def num_checks(server: Server) -> int:
@@ -260,15 +310,19 @@ def check_answers(sides: dict[str, Server], prompt: list[int], dtype: str) -> No
             raise GateError(f"{len(prompt)} tokens: the first tokens of stock and {side} differ")
 
 
-def check_policy(state: dict[str, Any], options: argparse.Namespace, *, num_checks: int) -> None:
+def check_policy(
+    state: dict[str, Any], options: argparse.Namespace, *, num_checks: int, is_watched: bool
+) -> None:
     """Refuse a run in which the policy's side did not do what it is timed for."""
     if state["integrity"] != "ok":
         raise GateError(f"integrity: {state['integrity']}")
     if state["ratio"] != options.ratio:
         raise GateError(f"the server runs at ratio {state['ratio']}")
     is_compressing = max(options.contexts) >= MIN_COMPRESSED_TOKENS and options.ratio < 1
-    if is_compressing and num_checks == 0:
+    if is_compressing and is_watched and num_checks == 0:
         raise GateError("no drift check ever ran, so nothing was compressed")
+    if not is_watched and num_checks:
+        raise GateError(f"{num_checks} drift checks of the side that has none")
 
 
 def time_stream(server: Server, prompt: list[int], num_tokens: int, timing: Timing) -> None:
@@ -334,20 +388,16 @@ def print_tables(report: dict[str, Any], options: argparse.Namespace) -> None:
                 *(f"{sides[side][context]['tpot_ms']:.1f}" for side in others),
             )
         if len(options.contexts) > 1:
-            low, high = str(min(options.contexts)), str(max(options.contexts))
-            costs = {
-                side: sides[side][high]["tpot_ms"] - sides[side][low]["tpot_ms"]
-                for side in ("stock", *options.sides)
-            }
-            sides["context_cost_ms"] = {side: round(cost, 3) for side, cost in costs.items()}
+            context = sides["context"]
+            costs = context["cost_ms"]
             ratio = costs["stock"] / costs["policy"] if costs["policy"] > 0 else math.inf
             table.add_section()
             table.add_row(
-                f"{high} - {low}",
+                f"{context['to']} - {context['from']}",
                 f"{costs['stock']:.1f}",
                 f"{costs['policy']:.1f}",
                 f"{ratio:.2f}x",
-                "",
+                f"floor {context['floor_ms']:.1f}",
                 *(f"{costs[side]:.1f}" for side in others),
             )
         out.print(table)

@@ -306,6 +306,8 @@ class Chaos:
     def _add_up(self, actor: _Actor) -> None:
         for name, count in actor.counts.items():
             self._report.counts[f"{actor.role}: {name}"] += count
+        if actor.daemon is self._survivor:
+            self._report.num_twins += actor.counts.get("same_name", 0)
 
     def _close_actors(self) -> None:
         for actor in self._actors:
@@ -360,6 +362,7 @@ class Chaos:
             Calm(
                 at_s=self._report.elapsed_s(),
                 num_requests=sum(stats["requests"].values()) + sum(stats["errors"].values()),
+                num_twins=self._report.num_twins,
                 footprint=footprint,
                 socket_files=[path.name for path in daemon.socket_files()],
                 shared_memory_names=_shared_memory_names(daemon.child.pid),

@@ -127,7 +127,7 @@ class Judge:
             self.violate(f"files were {first.socket_files} and are {calm.socket_files}")
         if calm.shared_memory_names:
             self.violate(f"names in /dev/shm: {calm.shared_memory_names}")
-        growth = calm.footprint.private_bytes - first.footprint.private_bytes
+        growth = calm.own_private_bytes - first.own_private_bytes
         if growth > PRIVATE_GROWTH_BYTES:
             self.violate(f"the survivor's heap has grown by {growth} bytes")
 

@@ -20,7 +20,7 @@ namespace hk {
 namespace {
 
 constexpr int kKeys = 64;
-constexpr int kRowsWanted = 192;
+constexpr int kRowsWanted = 384;
 constexpr int kMinQueryTokens = 16;
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
@@ -94,21 +94,21 @@ WeighRows pick_weigh(int rows, int D) {
   return pick_weigh<1>(rows, counts);
 }
 
-// Online softmax of one row of scores: weights in place, (maximum, sum) updated; returns what the
-// row's accumulator is to be multiplied with.
-HK_INLINE float soften(float* row, int vectors, float* maximum, float* sum) {
+// Online softmax of one row of scores in units of log2(e): weights in place, maximum and lane-wise
+// sum updated; returns what the row's accumulator is to be multiplied with.
+HK_INLINE float soften(float* row, int vectors, float* maximum, float* sums) {
   vf top = load(row);
   for (int t = 1; t < vectors; ++t) top = vmax(top, load(row + t * kLanes));
   const float new_max = std::max(*maximum, hmax(top));
-  const float rescale = *maximum == new_max ? 1.0f : std::exp(*maximum - new_max);
-  vf total = vf{};
+  const float rescale = *maximum == new_max ? 1.0f : std::exp2(*maximum - new_max);
+  vf total = load(sums) * rescale;
   for (int t = 0; t < vectors; ++t) {
-    const vf e = exp_nonpositive(load(row + t * kLanes) - new_max);
+    const vf e = exp2_nonpositive(load(row + t * kLanes) - new_max);
     total += e;
     store(row + t * kLanes, e);
   }
   *maximum = new_max;
-  *sum = *sum * rescale + hsum(total);
+  store(sums, total);
   return rescale;
 }
 
@@ -141,25 +141,26 @@ void extend_item(const HkExtend& args, int head, int64_t first, int tokens) {
   const int G = args.group_size;
   const int D = args.head_dim;
   const int M = tokens * G;
-  // query [M, D], acc [M, D], scores [M, kKeys], keys and values [kKeys, D], state [3, M].
-  const int64_t floats = 2 * int64_t{M} * D + int64_t{M} * kKeys + 2 * kKeys * int64_t{D} + 3 * M;
+  // query [M, D], acc [M, D], scores [M, kKeys], keys and values [kKeys, D], sums [M, kLanes],
+  // maximum and rescale [M].
+  const int64_t floats = M * (2 * int64_t{D} + kKeys + kLanes + 2) + 2 * kKeys * int64_t{D};
   float* query = static_cast<float*>(t_extend.get(floats * sizeof(float)));
   float* acc = query + int64_t{M} * D;
   float* scores = acc + int64_t{M} * D;
   float* keys = scores + int64_t{M} * kKeys;
   float* values = keys + kKeys * int64_t{D};
-  float* maximum = values + kKeys * int64_t{D};
-  float* sum = maximum + M;
-  float* rescale = sum + M;
+  float* sums = values + kKeys * int64_t{D};
+  float* maximum = sums + int64_t{M} * kLanes;
+  float* rescale = maximum + M;
   std::fill(acc, acc + int64_t{M} * D, 0.0f);
   std::fill(maximum, maximum + M, kNegInf);
-  std::fill(sum, sum + M, 0.0f);
+  std::fill(sums, sums + int64_t{M} * kLanes, 0.0f);
 
   const T* q = static_cast<const T*>(args.q) + int64_t{head} * G * D;
   for (int i = 0; i < tokens; ++i) {
     const T* row = q + (first + i) * args.q_stride;
     float* to = query + int64_t{i} * G * D;
-    for (int d = 0; d < G * D; d += kLanes) store(to + d, E::load(row + d) * args.scale);
+    for (int d = 0; d < G * D; d += kLanes) store(to + d, E::load(row + d) * (args.scale * kLog2e));
   }
   const T* k = static_cast<const T*>(args.k) + head * args.k_head_stride;
   const T* v = static_cast<const T*>(args.v) + head * args.v_head_stride;
@@ -184,7 +185,7 @@ void extend_item(const HkExtend& args, int head, int64_t first, int tokens) {
           store(row + t * kLanes, keep ? load(row + t * kLanes) : splat(kNegInf));
         }
       }
-      rescale[m] = soften(row, vectors, maximum + m, sum + m);
+      rescale[m] = soften(row, vectors, maximum + m, sums + int64_t{m} * kLanes);
     }
     for (int m = 0; m < M; m += kWeighRows) {
       const int rows = std::min(kWeighRows, M - m);
@@ -195,7 +196,7 @@ void extend_item(const HkExtend& args, int head, int64_t first, int tokens) {
   for (int i = 0; i < tokens; ++i) {
     T* row = static_cast<T*>(args.out) + (first + i) * args.out_stride + int64_t{head} * G * D;
     for (int g = 0; g < G; ++g) {
-      const float factor = 1.0f / sum[i * G + g];
+      const float factor = 1.0f / hsum(load(sums + (int64_t{i} * G + g) * kLanes));
       const float* from = acc + (int64_t{i} * G + g) * D;
       for (int d = 0; d < D; d += kLanes) E::store(row + g * D + d, load(from + d) * factor);
     }

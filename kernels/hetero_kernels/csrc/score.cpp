@@ -45,13 +45,14 @@ void multiply(const float* keys, const float* query, int D, float scale, float* 
   }
 }
 
-constexpr int kMaxQueries = HK_LANES == 16 ? 16 : 8;
+// AVX-512 has 32 registers, everything else 16; two vectors of keys for each broadcast query keep
+// the multipliers busy and not the loads.
+constexpr int kAccumulators = HK_LANES == 16 ? 30 : 12;
+constexpr int kMaxQueries = kAccumulators / 2;
 
 template <int QT>
 constexpr int tiles_at_once() {
-  constexpr int wanted = kMaxQueries / QT;
-  constexpr int limit = kTile / kLanes < 4 ? kTile / kLanes : 4;
-  return wanted >= 4 && limit >= 4 ? 4 : wanted >= 2 ? 2 : 1;
+  return kAccumulators / QT >= 4 ? 4 : 2;
 }
 
 typedef void (*Multiply)(const float*, const float*, int, float, float*, int64_t);
@@ -64,12 +65,15 @@ Multiply pick_multiply(int count, std::index_sequence<I...>) {
 
 // ---- where keys come from ------------------------------------------------------------------
 //
-// A reader knows one plane. row(slot) is cheap; load(row, d) gives kLanes elements from d on, fp32.
+// A reader knows one plane. row(slot) is cheap; load(row, d) gives kLanes elements from d on, fp32,
+// still to be multiplied with the row's factor where there is one: kLanes rows' factors are one
+// vector once their elements are transposed.
 
 template <class E>
 class DenseKeys {
  public:
   typedef const typename E::type* Row;
+  static constexpr bool kHasFactors = false;
   DenseKeys(const HkScore& args, int64_t plane)
       : keys_(static_cast<Row>(args.keys) + plane * args.plane_stride),
         stride_(args.slot_stride),
@@ -88,13 +92,6 @@ class DenseKeys {
   int64_t row_bytes_;
 };
 
-HK_INLINE float bf16_to_float(uint16_t h) {
-  const uint32_t u = static_cast<uint32_t>(h) << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
 // BITS 8: element d is byte d. BITS 4: byte j holds element j (plus 8) in its lower half and element
 // j + D / 2 (plus 8) in its upper one, so a vector never mixes the halves.
 template <int BITS>
@@ -104,32 +101,28 @@ class QuantizedKeys {
     const uint8_t* data;
     const uint16_t* scales;
   };
+  static constexpr bool kHasFactors = true;
   QuantizedKeys(const HkScore& args, int64_t plane)
       : data_(static_cast<const uint8_t*>(args.keys) + plane * args.plane_stride),
         scales_(static_cast<const uint16_t*>(args.scales) + plane * args.scales_plane_stride),
         stride_(args.slot_stride),
         scales_stride_(args.scales_slot_stride),
         half_(args.head_dim / 2),
-        group_(args.head_dim / args.num_groups),
+        group_dim_(args.head_dim / args.num_groups),
         row_bytes_(args.head_dim * BITS / 8) {}
   HK_INLINE Row row(int64_t slot) const {
     return {data_ + slot * stride_, scales_ + slot * scales_stride_};
   }
   HK_INLINE vf load(Row row, int d) const {
-    const float scale = bf16_to_float(row.scales[d / group_]);
-    if constexpr (BITS == 8) {
-      typedef int8_t vb __attribute__((vector_size(HK_LANES)));
-      vb b;
-      memcpy(&b, row.data + d, sizeof b);
-      return __builtin_convertvector(b, vf) * scale;
-    } else {
-      typedef uint8_t vb __attribute__((vector_size(HK_LANES)));
-      vb b;
-      memcpy(&b, row.data + (d < half_ ? d : d - half_), sizeof b);
-      const vi wide = __builtin_convertvector(b, vi);
-      const vi value = (d < half_ ? wide & 15 : wide >> 4) - 8;
-      return __builtin_convertvector(value, vf) * scale;
-    }
+    if constexpr (BITS == 8) return __builtin_convertvector(load_i8(row.data + d), vf);
+    const vi both = load_u8(row.data + (d < half_ ? d : d - half_));
+    return __builtin_convertvector((d < half_ ? both & 15 : both >> 4) - 8, vf);
+  }
+  int group_dim() const { return group_dim_; }
+  HK_INLINE vf factors(const Row* rows, int group) const {
+    vu bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = rows[i].scales[group];
+    return (vf)(bits << 16);
   }
   HK_INLINE void prefetch(int64_t slot) const {
     const Row r = row(slot);
@@ -144,11 +137,11 @@ class QuantizedKeys {
   int64_t stride_;
   int64_t scales_stride_;
   int half_;
-  int group_;
+  int group_dim_;
   int64_t row_bytes_;
 };
 
-// Raw scores [M, N] (rows `stride` apart) of one item.
+// Raw scores [M, N] (rows `stride` apart) of one item, in units of log2(e).
 template <class Keys>
 void raw_scores(const HkScore& args, int64_t item, int64_t N, const float* query, float* tile_keys,
                 float* out, int64_t stride) {
@@ -168,10 +161,15 @@ void raw_scores(const HkScore& args, int64_t item, int64_t N, const float* query
         const int64_t later = std::min(position + ahead, N - 1);
         keys.prefetch(slots != nullptr ? slots[later] : later);
       }
+      vf factors = vf{};
       for (int d = 0; d < D; d += kLanes) {
         vf r[kLanes];
         for (int i = 0; i < kLanes; ++i) r[i] = keys.load(rows[i], d);
         transpose(r);
+        if constexpr (Keys::kHasFactors) {
+          if (d % keys.group_dim() == 0) factors = keys.factors(rows, d / keys.group_dim());
+          for (int i = 0; i < kLanes; ++i) r[i] *= factors;
+        }
         float* to = tile_keys + (int64_t{part} * D + d) * kLanes;
         for (int i = 0; i < kLanes; ++i) store(to + i * kLanes, r[i]);
       }
@@ -179,12 +177,12 @@ void raw_scores(const HkScore& args, int64_t item, int64_t N, const float* query
     for (int m = 0; m < M; m += kMaxQueries) {
       const int count = std::min(kMaxQueries, M - m);
       pick_multiply(count, std::make_index_sequence<kMaxQueries>{})(
-          tile_keys, query + int64_t{m} * D, D, args.scale, out + m * stride + begin, stride);
+          tile_keys, query + int64_t{m} * D, D, args.scale * kLog2e, out + m * stride + begin, stride);
     }
   }
 }
 
-// Turns a row of raw scores into e^(x - max); returns 1 / (5 * sum), the pool's factor included.
+// Turns a row of raw scores into 2^(x - max); returns 1 / (5 * sum), the pool's factor included.
 float soften(float* row, int64_t N) {
   vf top = splat(row[0]);
   int64_t i = 0;
@@ -193,7 +191,7 @@ float soften(float* row, int64_t N) {
   for (; i < N; ++i) maximum = std::max(maximum, row[i]);
   vf total = vf{};
   for (i = 0; i < N; i += kLanes) {
-    vf e = exp_nonpositive(load(row + i) - maximum);
+    vf e = exp2_nonpositive(load(row + i) - maximum);
     if (i + kLanes > N) e = lane_ids() + static_cast<int32_t>(i) < static_cast<int32_t>(N) ? e : vf{};
     total += e;
     store(row + i, e);
@@ -279,12 +277,15 @@ void score(const HkScore& args) {
         factors[m] = soften(row + kPad, N);
         std::fill(row + kPad + N, row + stride, 0.0f);
       }
+      // Steps that follow each other mostly cut near the same score.
+      uint32_t guess = 0;
       for (int s = 0; s < S; ++s) {
         if (args.overlap == nullptr && s != S - 1) continue;
         pool_group(raw + s * G * stride + kPad, stride, factors + s * G, G, N, scores);
         if (args.overlap != nullptr) {
           const int64_t K = std::min<int64_t>(args.top_k[item], N);
-          const Cut cut = find_cut(scores, N, K, select_scratch);
+          const Cut cut = find_cut(scores, N, K, guess, select_scratch);
+          guess = cut.threshold;
           const int64_t common =
               count_common(scores, N, cut, args.reference + item * args.reference_stride);
           args.overlap[item * S + s] =

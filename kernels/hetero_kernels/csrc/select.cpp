@@ -32,7 +32,7 @@ void hk_top_positions(const float* scores, int64_t num_rows, int64_t length, int
       // The selection's own scratch, then 64-bit sort keys.
       const size_t select = (select_bytes(length) + 63) & ~size_t{63};
       char* scratch = static_cast<char*>(t_select.get(select + k * sizeof(uint64_t) + 64));
-      const Cut cut = find_cut(s, length, k, scratch);
+      const Cut cut = find_cut(s, length, k, 0, scratch);
       if (bits != nullptr) {
         int32_t* out = bits + row * bits_stride;
         std::fill(out, out + bits_stride, 0);

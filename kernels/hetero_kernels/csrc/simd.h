@@ -55,15 +55,31 @@ HK_INLINE vi lane_ids() {
 #endif
 }
 
+// Across lanes by halves: one lane after the other would wait for each result before.
+#if HK_LANES == 16
+#define HK_FOLD(fold, v)                                                                       \
+  v = fold(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  v = fold(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  v = fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif HK_LANES == 8
+#define HK_FOLD(fold, v)                                              \
+  v = fold(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)); \
+  v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)); \
+  v = fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+#define HK_FOLD(fold, v)                                  \
+  v = fold(v, __builtin_shufflevector(v, v, 2, 3, 0, 1)); \
+  v = fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+#endif
+HK_INLINE vf add(vf a, vf b) { return a + b; }
 HK_INLINE float hmax(vf v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  HK_FOLD(vmax, v)
+  return v[0];
 }
 HK_INLINE float hsum(vf v) {
-  float s = v[0];
-  for (int i = 1; i < kLanes; ++i) s += v[i];
-  return s;
+  HK_FOLD(add, v)
+  return v[0];
 }
 HK_INLINE int64_t hsum(vi v) {
   int64_t s = 0;
@@ -91,6 +107,39 @@ HK_INLINE vf exp_nonpositive(vf x) {
   p = p * (vf)scale;
   return x > lowest ? p : vf{};
 }
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x for x <= 0 (relative error 1e-7); 2^-120 below that, where a sum with a 1 in it cannot see it.
+// A third cheaper than exp_nonpositive: whoever scales queries multiplies kLog2e in.
+HK_INLINE vf exp2_nonpositive(vf x) {
+  const vf magic = splat(12582912.0f);  // as above
+  const vf clamped = vmax(x, splat(-120.0f));
+  const vf shifted = clamped + magic;
+  const vf r = clamped - (shifted - magic);
+  vf p = splat(1.326472690e-3f);
+  p = p * r + splat(9.671512661e-3f);
+  p = p * r + splat(5.550733744e-2f);
+  p = p * r + splat(2.402224208e-1f);
+  p = p * r + splat(6.931469776e-1f);
+  p = p * r + splat(1.0f);
+  return (vf)((vu)p + ((vu)shifted << 23));
+}
+
+// kLanes bytes, widened. GCC 12 takes __builtin_convertvector of bytes apart, element by element.
+HK_INLINE vi load_i8(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  typedef int8_t vb __attribute__((vector_size(HK_LANES)));
+  vb b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vi);
+#endif
+}
+HK_INLINE vi load_u8(const uint8_t* p) { return load_i8(p) & 255; }
 
 // ---- element types -------------------------------------------------------------------------
 
