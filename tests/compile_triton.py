@@ -29,6 +29,7 @@ from hetero_kernels import (
     gather_rows,
     install_rows,
     plan_delta,
+    quantize_keys,
     top_bits,
     top_positions,
     topk_overlap,
@@ -130,6 +131,9 @@ def score_and_select() -> None:
         torch.zeros(2, 9000, D // 2, dtype=torch.uint8),
         torch.zeros(2, 9000, D // 32, dtype=torch.bfloat16),
     )
+    for pool in (int8, int4):
+        chunk = torch.zeros(2, 512, D, dtype=DTYPE)
+        quantize_keys(chunk, pool, slice(0, 2), torch.arange(512), impl="triton")
     for keys in (torch.zeros(2, 9000, D, dtype=DTYPE), int8, int4):
         topk_overlap(
             torch.zeros(1, 5, G, D, dtype=DTYPE),

@@ -95,7 +95,7 @@ def test_kernels_of_an_h100_compile_and_fit_its_registers_and_shared_memory(tmp_
     assert {kernel["name"] for kernel in kernels} >= {
         *("_append", "_schedule", "_attend", "_merge", "_extend", "_move", "_install"),
         *("_measure", "_combine", "_pool_maxima", "_pool_mean", "_count", "_choose"),
-        *("_mark", "_plan"),
+        *("_mark", "_plan", "_quantize"),
     }
     for kernel in kernels:
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
