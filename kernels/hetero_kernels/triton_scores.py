@@ -58,7 +58,8 @@ def _item(item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_
     plane = item.to(tl.int64)
     num_positions = length + tl.zeros((), tl.int32)
     if HAS_LENS:
-        num_positions = tl.load(lens_ptr + item)
+        # Nothing has checked it: in a replayed graph it may be longer than what was allocated.
+        num_positions = tl.minimum(tl.load(lens_ptr + item), length)
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
         num_positions = tl.where(row >= 0, num_positions, 0)
@@ -426,7 +427,7 @@ class ScoredItems:
         width: Positions of the longest item.
         slots: Slot by position, int32 [N] or, with ``rows``, [rows, N]; ``None``: the position.
         rows: Row of ``slots`` of each item, int64 [items]; negative: padding.
-        lengths: Positions of each item, int32 [items]; ``None``: ``width``.
+        lengths: Positions of each item, int32 [items]; ``None``, and at most: ``width``.
         planes: Plane of each item, int32 [items]; ``None``: the item's index.
     """
 

@@ -141,6 +141,7 @@ def _choose(
     common_ptr,
     length,
     row_stride,
+    num_places,
     positions_stride,
     bits_stride,
     reference_stride,
@@ -191,7 +192,8 @@ def _choose(
             tl.store(
                 positions_ptr + row.to(tl.int64) * positions_stride + place,
                 position,
-                mask=is_taken != 0,
+                # Counts are not checked: more than there are places would lie in the next row.
+                mask=(is_taken != 0) & (place < num_places),
             )
         if HAS_BITS:
             word = tl.sum(
@@ -222,7 +224,7 @@ class Selection:
         lengths: Scores of each (repeat) row, int32 [rows / repeat]; ``None``: N.
         repeat: Rows that share a count, a length and a reference.
         positions: Out: the chosen positions, ascending, int32 [rows, at least the largest count];
-            further places stay as they are.
+            further places stay as they are, and what finds no place is dropped.
         bits: Out: the chosen positions as bit sets, int32 [rows, num_words]; words beyond the
             length stay as they are.
         reference: Bit sets to compare with, int32 [rows / repeat, num_words].
@@ -293,6 +295,7 @@ def select(selection: Selection) -> Tensor | None:
         common,
         length,
         scores.stride(0),
+        0 if positions is None else positions.shape[1],
         0 if positions is None else positions.stride(0),
         0 if bits is None else bits.stride(0),
         0 if reference is None else reference.stride(0),

@@ -97,6 +97,45 @@ def test_lengths_that_differ_a_thousandfold(device, dtype, group_size, head_dim,
     assert_is_the_references(case, device)
 
 
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("block_tokens", "dtype"), [(16, torch.float32), (64, torch.bfloat16), (128, torch.float16)]
+)
+@pytest.mark.parametrize("num_programs", [None, 3])
+def test_a_head_without_rows_beside_heads_of_a_thousand(
+    device, group_size, head_dim, block_tokens, dtype, num_programs
+):
+    case = make_decode_case(
+        prompt_lens=[1000, 1000],
+        kept_lens=[[0, 1000], [1000, 0]],
+        generated=[1, 1],
+        head_map=[-1, 0, -2],
+        group_size=group_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        block_tokens=block_tokens,
+    )
+    DecodeLayer(case.layer, impl="reference").append(
+        case.k, case.v, None, DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    )
+    # As if nothing had been generated: compressed heads then hold what they kept, also nothing.
+    case.layer.prompt_lens[case.rows] += 1
+    results = []
+    for impl, where in (("reference", "cpu"), ("triton", device)):
+        moved = on_device(case, where)
+        workspace = DecodeWorkspace.allocate(
+            *(2, 3, group_size, head_dim, moved.q.device), num_programs=num_programs
+        )
+        launcher = DecodeLayer(moved.layer, impl=impl, workspace=workspace)
+        out = torch.full_like(moved.q, float("nan"))
+        results.append(launcher.attend(moved.q, out, DecodeBatch(moved.rows, moved.seq_lens)).cpu())
+    expected, actual = results
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2 * TOLERANCE[dtype])
+    empty = actual[0, :group_size], actual[1, 2 * group_size :]
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in empty)
+
+
 def test_how_many_programs_share_the_work_changes_rounding_only(device):
     case = make_decode_case(
         prompt_lens=[300, 3],

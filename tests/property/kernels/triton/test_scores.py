@@ -232,6 +232,33 @@ def test_long_rows_with_heavy_ties(device, k):
     assert torch.equal(actual.cpu(), expected)
 
 
+def test_more_than_there_are_places_for_stays_within_its_row(device):
+    # In a replayed graph nobody looks at k: what finds no place must not land in the next row.
+    scores = torch.rand(3, 200, generator=torch.Generator().manual_seed(0))
+    k = torch.tensor([150, 10, 180], dtype=torch.int32)
+    whole = top_positions(scores, k, impl="reference")
+    for width in (0, 1, 40):
+        out = top_positions(scores.to(device), k.to(device), width=width, impl="triton")
+        assert torch.equal(out.cpu(), whole[:, :width])
+
+
+def test_prompts_longer_than_the_width_are_cut_to_it(device):
+    # Likewise: behind the width lie slots that nobody owns, here and in a replayed graph.
+    case = make(2, 2, 3, [70, 70], [20, 70])
+    expected = topk_overlap(**case, impl="torch")
+    case["prompt_lens"][1] = 2**30
+    overlap, scores = topk_overlap(**on_device(case, device), width=70, impl="triton")
+    assert_same_scores(scores, expected[1])
+    torch.testing.assert_close(overlap.cpu(), expected[0], rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "torch"])
+def test_a_head_dimension_that_tensor_cores_do_not_take_is_refused(device, impl):
+    q, k = torch.zeros(1, 2, 1, 8, device=device), torch.zeros(1, 9, 8, device=device)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 16 up to 256, got 8"):
+        window_scores(q, k, 1.0, impl=impl)
+
+
 def test_a_replay_of_the_drift_check_sees_what_lies_there_now(device, replay):
     cases = [
         make(2, 3, 3, lengths, counts, seed=seed, head_dim=16)
