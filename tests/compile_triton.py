@@ -7,6 +7,7 @@ whether loads run ahead. It shows that kernels compile and fit, not that they ar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -40,6 +41,8 @@ from hetero_kernels.testing import make_decode_case
 
 DTYPE = torch.bfloat16
 G, D = 4, 128
+# Whether what is compiled now shall only compile.
+is_edge = False
 
 
 class Hopper:
@@ -67,6 +70,7 @@ def describe(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     return {
         "name": kernel.metadata.name,
+        "is_edge": is_edge,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
         "shared_bytes": kernel.metadata.shared,
@@ -134,9 +138,10 @@ def score_and_select() -> None:
     for pool in (int8, int4):
         chunk = torch.zeros(2, 512, D, dtype=DTYPE)
         quantize_keys(chunk, pool, slice(0, 2), torch.arange(512), impl="triton")
-    for keys in (torch.zeros(2, 9000, D, dtype=DTYPE), int8, int4):
+    exact = torch.zeros(2, 9000, D, dtype=DTYPE)
+    for keys, group_size in ((exact, G), (int8, G), (int4, G), (exact, 8)):
         topk_overlap(
-            torch.zeros(1, 5, G, D, dtype=DTYPE),
+            torch.zeros(1, 5, group_size, D, dtype=DTYPE),
             keys=keys,
             planes=torch.zeros(1, dtype=torch.int32),
             req_to_token=torch.zeros(4, 9000, dtype=torch.int32),
@@ -162,6 +167,50 @@ def extend() -> None:
     extend_attention(q, k, k, prefix_len=64, scale=0.1, slots=slots, impl="triton")
 
 
+def edges() -> None:
+    """What makes other kernels: sizes of 1 become constants, strides from 2^31 on are 64 bits."""
+    case = make_decode_case(
+        prompt_lens=[2],
+        kept_lens=[[1]],
+        generated=[1],
+        head_map=[-1],
+        group_size=1,
+        head_dim=16,
+        dtype=DTYPE,
+        block_tokens=1,
+    )
+    one = torch.zeros(1, dtype=torch.int32)
+    # Two planes of a pool; the memory between them is never touched.
+    wide = torch.empty(2**31 + 160, dtype=DTYPE).as_strided((2, 10, 16), (2**31, 16, 1))
+    tensors = dataclasses.replace(
+        case.layer, k_resident=wide, v_resident=wide, head_map=torch.zeros_like(one)
+    )
+    batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    for layer in (DecodeLayer(case.layer, "triton"), DecodeLayer(tensors, "triton")):
+        layer.append(case.k, case.v, None, batch)
+        layer.attend(case.q, case.q.clone(), batch)
+    q = case.q[:, :, None]  # [1, 1, 1, D]
+    for keys in (wide[:, :1], wide.clone()[:, :1]):
+        topk_overlap(
+            q,
+            keys=keys,
+            planes=one,
+            req_to_token=one[None],
+            rows=one.long(),
+            prompt_lens=one,
+            top_k=one,
+            reference=one[None],
+            scale=0.1,
+            width=1,
+            impl="triton",
+        )
+        window_scores(q.expand(2, 1, 1, 16), keys, 0.1, impl="triton")
+        extend_attention(q[0], keys[:1], keys[1:], prefix_len=0, scale=0.1, impl="triton")
+    plan_delta(one[None], one[None], 1, limits=one, room=1, impl="triton")
+    gather_rows(one[None], one.long(), impl="triton")
+    top_positions(torch.zeros(1, 1), 1, impl="triton")
+
+
 if __name__ == "__main__":
     assert triton.__version__
     compile_instead_of_launching()
@@ -169,3 +218,5 @@ if __name__ == "__main__":
     move()
     score_and_select()
     extend()
+    is_edge = True
+    edges()

@@ -43,6 +43,9 @@ HALO = tl.constexpr(2)
 # rows there are fewer, or registers and shared memory (227 KiB) would not do.
 CHUNK_BYTES = 16384
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 16, 64
+# Rows that are pooled one by one take the wide products of this processor from 64 on, and those
+# spilled 2 KiB a thread where they were compiled (groups of 8, five queries); 32 spill nothing.
+MAX_POOLED_ROWS = 32
 # Bytes of a tile of keys from which on one tile less is loaded ahead.
 LONG_TILE_BYTES = 32768
 # Keys of a split: enough to pay for the queries, few enough that one item of 128K tokens fills 64
@@ -458,7 +461,7 @@ def pool_maxima(items: ScoredItems) -> Tensor:
         return out
     padded = power_of_2(group_size)
     num_rows = max(16, padded * power_of_2(num_groups))
-    chunk_rows = min(num_rows, max(_chunk_rows(items), padded))
+    chunk_rows = min(num_rows, max(_chunk_rows(items, MAX_POOLED_ROWS), padded))
     num_chunks = triton.cdiv(num_groups * padded, chunk_rows)
     factors, arguments, options = _measured(items, padded, chunk_rows, num_chunks, window=0)
     del options["WINDOW"]
@@ -490,7 +493,7 @@ def pool_mean(items: ScoredItems) -> Tensor:
     if out.numel() == 0:
         return out
     num_rows = window * group_size
-    chunk_rows = min(_chunk_rows(items), max(16, power_of_2(num_rows)))
+    chunk_rows = min(_chunk_rows(items, MAX_CHUNK_ROWS), max(16, power_of_2(num_rows)))
     num_chunks = triton.cdiv(num_rows, chunk_rows)
     factors, _, options = _measured(items, group_size, chunk_rows, num_chunks, window=window)
     _pool_mean[(num_items, items.num_splits)](
@@ -510,9 +513,9 @@ def pool_mean(items: ScoredItems) -> Tensor:
     return out
 
 
-def _chunk_rows(items: ScoredItems) -> int:
+def _chunk_rows(items: ScoredItems, most: int) -> int:
     row_bytes = power_of_2(items.queries.shape[3]) * items.queries.element_size()
-    return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, CHUNK_BYTES // int(row_bytes)))
+    return max(MIN_CHUNK_ROWS, min(most, CHUNK_BYTES // int(row_bytes)))
 
 
 def _measured(

@@ -101,6 +101,12 @@ def test_kernels_of_an_h100_compile_and_fit_its_registers_and_shared_memory(tmp_
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
         assert kernel["spilled_bytes"] == 0, kernel
     for kernel in kernels:
-        if kernel["name"] in ("_attend", "_measure", "_pool_maxima", "_pool_mean", "_extend"):
+        if not kernel["is_edge"] and kernel["name"] in (
+            "_attend",
+            "_measure",
+            "_pool_maxima",
+            "_pool_mean",
+            "_extend",
+        ):
             assert kernel["num_async_copies"] > 0, f"nothing is loaded ahead: {kernel}"
             assert kernel["num_tensor_products"] > 0, kernel
