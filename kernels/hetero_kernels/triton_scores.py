@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from hetero_kernels import triton_support
+from hetero_kernels.triton_split import share_of
 from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:
@@ -79,6 +80,38 @@ def _queries(q_ptr, item, row, G, GP, R, D, DP, FIRST, WIDTH):
     is_row = (row % GP < G) & (source < R)
     at = item.to(tl.int64) * (R * D) + source[:, None] * D + FIRST + d[None, :]
     return tl.load(q_ptr + at, mask=is_row[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _operands(
+    q_ptr,
+    item,
+    row,
+    G,
+    GP,
+    R,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Query rows as ``_products`` takes them: whole, or the two halves that 4-bit keys have."""
+    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
+    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
+    q_high = q
+    if KEY_BITS == 4:
+        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
+    if WIDEN or KEY_BITS == 4:
+        q = q.to(tl.float32)
+        q_high = q_high.to(tl.float32)
+    return q, q_high
+
+
+@triton.jit
+def _band():
+    """What pools a tile: column b sums keys b .. b + 4, which are b - 2 .. b + 2 of its output."""
+    t = tl.arange(0, TILE)
+    return ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
 
 
 @triton.jit
@@ -165,19 +198,12 @@ def _measure(
 ):
     item = tl.program_id(0)
     split = tl.program_id(1)
+    chunk = tl.program_id(2)
     table_row, plane, N = _item(
         item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_PLANES
     )
-    chunk = tl.program_id(2)
     row = chunk * RB + tl.arange(0, RB)
-    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
-    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
-    q_high = q
-    if KEY_BITS == 4:
-        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
-    if WIDEN or KEY_BITS == 4:
-        q = q.to(tl.float32)
-        q_high = q_high.to(tl.float32)
+    q, q_high = _operands(q_ptr, item, row, G, GP, R, D, DP, KEY_BITS, WIDEN)
     keys_ptr += plane * plane_stride
     scales_ptr += plane * scales_plane_stride
     slots_ptr += table_row * slots_stride
@@ -187,9 +213,8 @@ def _measure(
 
     maximum = tl.full([RB], float("-inf"), tl.float32)
     total = tl.zeros([RB], tl.float32)
-    num_tiles = tl.cdiv(N, TILE)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    for tile in range(split * share, tl.minimum((split + 1) * share, num_tiles)):
+    first, last = share_of(tl.cdiv(N, TILE))
+    for tile in range(first, last):
         position = tile * TILE + tl.arange(0, TILE)
         products = _products(
             q,
@@ -277,20 +302,12 @@ def _pool_maxima(
     BAND_PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0)
-    split = tl.program_id(1)
     chunk = tl.program_id(2)
     table_row, plane, N = _item(
         item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_PLANES
     )
     row = chunk * RB + tl.arange(0, RB)
-    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
-    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
-    q_high = q
-    if KEY_BITS == 4:
-        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
-    if WIDEN or KEY_BITS == 4:
-        q = q.to(tl.float32)
-        q_high = q_high.to(tl.float32)
+    q, q_high = _operands(q_ptr, item, row, G, GP, R, D, DP, KEY_BITS, WIDEN)
     keys_ptr += plane * plane_stride
     scales_ptr += plane * scales_plane_stride
     slots_ptr += table_row * slots_stride
@@ -300,14 +317,10 @@ def _pool_maxima(
     is_query = row % GP < G
 
     t = tl.arange(0, TILE)
-    # Column b sums keys b .. b + 4 of the tile, which are positions b - 2 .. b + 2 of its output.
-    band = ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
+    band = _band()
     query = chunk * (RB // GP) + tl.arange(0, RB // GP)
     STEP: tl.constexpr = TILE - 2 * HALO
-    num_tiles = tl.cdiv(width, STEP)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    begin = split * share
-    end = tl.minimum(begin + share, num_tiles)
+    begin, end = share_of(tl.cdiv(width, STEP))
     # Behind the last position there is nothing to load. Two loops, because the compiler loads ahead
     # only in one that has no branches.
     last = tl.minimum(tl.cdiv(N, STEP), end)
@@ -372,14 +385,12 @@ def _pool_mean(
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0)
-    split = tl.program_id(1)
     keys_ptr += item.to(tl.int64) * plane_stride
     t = tl.arange(0, TILE)
-    band = ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
+    band = _band()
     STEP: tl.constexpr = TILE - 2 * HALO
-    num_tiles = tl.cdiv(N, STEP)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    for tile in range(split * share, tl.minimum((split + 1) * share, num_tiles)):
+    first, last = share_of(tl.cdiv(N, STEP))
+    for tile in range(first, last):
         position = tile * STEP - HALO + t
         is_position = (position >= 0) & (position < N)
         sums = tl.zeros([TILE], tl.float32)

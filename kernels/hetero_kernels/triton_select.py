@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hetero_kernels.triton_split import share_of
 from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ def _ordered(scores):
     bits = scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)
     return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _block(scores_ptr, row, row_stride, N, block, BLOCK: tl.constexpr):
+    """Positions of a block of a row, and the scores there as ordered integers."""
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    at = scores_ptr + row.to(tl.int64) * row_stride + position
+    return position, _ordered(tl.load(at, mask=position < N, other=0.0))
 
 
 @triton.jit
@@ -110,14 +119,9 @@ def _count(
         tl.store(at_above, tl.load(at_above) + mine)
 
     histogram = tl.zeros([256], tl.int32)
-    num_blocks = tl.cdiv(N, BLOCK)
-    share = tl.cdiv(num_blocks, num_splits)
-    for block in range(split * share, tl.minimum((split + 1) * share, num_blocks)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        scores = tl.load(
-            scores_ptr + row.to(tl.int64) * row_stride + position, mask=position < N, other=0.0
-        )
-        bits = _ordered(scores)
+    first, last = share_of(tl.cdiv(N, BLOCK))
+    for block in range(first, last):
+        position, bits = _block(scores_ptr, row, row_stride, N, block, BLOCK)
         is_counted = position < N
         if PASS > 0:
             is_counted = is_counted & ((bits >> (32 - 8 * PASS)) == prefix)
@@ -175,14 +179,9 @@ def _choose(
     num_taken = tl.sum(tl.where(splits < split, taken, 0), axis=0)
 
     common = tl.zeros((), tl.int32)
-    num_blocks = tl.cdiv(N, BLOCK)
-    share = tl.cdiv(num_blocks, num_splits)
-    for block in range(split * share, tl.minimum((split + 1) * share, num_blocks)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        scores = tl.load(
-            scores_ptr + row.to(tl.int64) * row_stride + position, mask=position < N, other=0.0
-        )
-        bits = _ordered(scores)
+    first, last = share_of(tl.cdiv(N, BLOCK))
+    for block in range(first, last):
+        position, bits = _block(scores_ptr, row, row_stride, N, block, BLOCK)
         is_equal = ((bits == threshold) & (position < N)).to(tl.int32)
         rank = num_equal + tl.cumsum(is_equal, axis=0) - is_equal
         is_higher = ((bits > threshold) & (position < N)).to(tl.int32)

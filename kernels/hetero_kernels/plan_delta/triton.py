@@ -28,23 +28,51 @@ _NO_LIMIT = 2**31 - 1
 
 
 @triton.jit
-def _is_member(sets_ptr, item, num_words, positions):
-    """1 where a position is in an item's set, 0 elsewhere and for skipped ones."""
+def _positions(list_ptr, item, index, num_positions, row_stride):
+    """Entries of an item's list; behind its end, as where it skips, -1."""
+    at = list_ptr + item.to(tl.int64) * row_stride + index
+    return tl.load(at, mask=index < num_positions, other=-1)
+
+
+@triton.jit
+def _is_outside(sets_ptr, item, num_words, positions):
+    """1 where a position is not in an item's set, 0 elsewhere and for skipped ones."""
     words = tl.load(
-        sets_ptr + item.to(tl.int64) * num_words + positions // 32, mask=positions >= 0, other=0
+        sets_ptr + item.to(tl.int64) * num_words + positions // 32, mask=positions >= 0, other=-1
     )
-    return (words >> (positions & 31)) & 1
+    return ((words >> (positions & 31)) & 1) ^ 1
+
+
+@triton.jit
+def _compact(
+    list_ptr,
+    sets_ptr,
+    out_ptr,
+    item,
+    count,
+    num_positions,
+    num_words,
+    row_stride,
+    STORES_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the first ``count`` of an item's list that its other set has not, or their indices."""
+    rank = tl.zeros((), tl.int32)
+    for first in range(0, num_positions, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        position = _positions(list_ptr, item, index, num_positions, row_stride)
+        is_outside = _is_outside(sets_ptr, item, num_words, position)
+        place = rank + tl.cumsum(is_outside, axis=0) - is_outside
+        is_taken = (is_outside != 0) & (place < count)
+        tl.store(out_ptr + place, index if STORES_INDEX else position, mask=is_taken)
+        rank += tl.sum(is_outside, axis=0)
 
 
 @triton.jit
 def _mark(positions_ptr, sets_ptr, num_positions, num_words, row_stride, BLOCK: tl.constexpr):
     item = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(
-        positions_ptr + item.to(tl.int64) * row_stride + index,
-        mask=index < num_positions,
-        other=-1,
-    )
+    position = _positions(positions_ptr, item, index, num_positions, row_stride)
     tl.atomic_or(
         sets_ptr + item.to(tl.int64) * num_words + position // 32,
         1 << (position & 31),
@@ -68,13 +96,8 @@ def _count(
     count = tl.zeros((), tl.int32)
     for first in range(0, num_targets, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            target_ptr + item.to(tl.int64) * target_stride + index,
-            mask=index < num_targets,
-            other=-1,
-        )
-        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
-        count += tl.sum(((position >= 0) & (is_kept == 0)).to(tl.int32), axis=0)
+        position = _positions(target_ptr, item, index, num_targets, target_stride)
+        count += tl.sum(_is_outside(kept_sets_ptr, item, num_words, position), axis=0)
     if HAS_LIMITS:
         count = tl.minimum(count, tl.maximum(tl.load(limits_ptr + item), 0))
     tl.store(counts_ptr + item, count)
@@ -110,32 +133,30 @@ def _plan(
     count = tl.minimum(tl.load(wanted_ptr + item).to(tl.int64), free).to(tl.int32)
     tl.store(counts_ptr + item, count)
     at_out = item.to(tl.int64) * num_targets
-    rank = tl.zeros((), tl.int32)
-    for first in range(0, num_targets, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            target_ptr + item.to(tl.int64) * target_stride + index,
-            mask=index < num_targets,
-            other=-1,
-        )
-        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
-        is_missing = ((position >= 0) & (is_kept == 0)).to(tl.int32)
-        place = rank + tl.cumsum(is_missing, axis=0) - is_missing
-        is_taken = (is_missing != 0) & (place < count)
-        tl.store(positions_ptr + at_out + place, position, mask=is_taken)
-        rank += tl.sum(is_missing, axis=0)
-    rank = tl.zeros((), tl.int32)
-    for first in range(0, num_kept, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            kept_ptr + item.to(tl.int64) * kept_stride + index, mask=index < num_kept, other=-1
-        )
-        is_wanted = _is_member(target_sets_ptr, item, num_words, position)
-        is_leaving = ((position >= 0) & (is_wanted == 0)).to(tl.int32)
-        place = rank + tl.cumsum(is_leaving, axis=0) - is_leaving
-        is_taken = (is_leaving != 0) & (place < count)
-        tl.store(slots_ptr + at_out + place, index, mask=is_taken)
-        rank += tl.sum(is_leaving, axis=0)
+    _compact(
+        target_ptr,
+        kept_sets_ptr,
+        positions_ptr + at_out,
+        item,
+        count,
+        num_targets,
+        num_words,
+        target_stride,
+        False,
+        BLOCK,
+    )
+    _compact(
+        kept_ptr,
+        target_sets_ptr,
+        slots_ptr + at_out,
+        item,
+        count,
+        num_kept,
+        num_words,
+        kept_stride,
+        True,
+        BLOCK,
+    )
 
 
 def plan_delta_triton(
