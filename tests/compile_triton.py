@@ -41,8 +41,9 @@ from hetero_kernels.testing import make_decode_case
 
 DTYPE = torch.bfloat16
 G, D = 4, 128
-# Whether what is compiled now shall only compile.
-is_edge = False
+# What is compiled now: at the model's shape; what shall only compile; calls of one shape whose
+# lengths differ.
+phase = "model"
 
 
 class Hopper:
@@ -70,7 +71,8 @@ def describe(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     return {
         "name": kernel.metadata.name,
-        "is_edge": is_edge,
+        "phase": phase,
+        "hash": kernel.hash,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
         "shared_bytes": kernel.metadata.shared,
@@ -211,6 +213,37 @@ def edges() -> None:
     top_positions(torch.zeros(1, 1), 1, impl="triton")
 
 
+def lengths() -> None:
+    """Calls as they follow each other in a server: numbers divisible by 16, odd ones and 1."""
+    keys = torch.zeros(1, 400, D, dtype=DTYPE)
+    pool = QuantizedKeys(
+        torch.zeros(1, 400, D, dtype=torch.int8), torch.zeros(1, 400, 1, dtype=torch.bfloat16)
+    )
+    blocks = torch.zeros(20, 16, D, dtype=DTYPE)
+    for num_new, prefix_len in ((128, 64), (127, 63), (129, 1), (256, 0)):
+        total = num_new + prefix_len
+        q, slots = torch.zeros(num_new, G, D, dtype=DTYPE), torch.arange(total)
+        options = {"prefix_len": prefix_len, "scale": 0.1, "slots": slots.int()}
+        extend_attention(q, keys, keys, **options, impl="triton")
+        quantize_keys(keys[:, :total], pool, slice(0, 1), slots, impl="triton")
+    for count in (1, 16, 17):
+        index, rows = torch.arange(count), torch.zeros(count, 2 * D, dtype=DTYPE)
+        gather_rows(blocks.view(-1, D), index, impl="triton")
+        install_rows(rows, index, k_blocks=blocks, v_blocks=blocks.clone(), impl="triton")
+    for num_reqs in (9, 15, 16):
+        case = make_decode_case(
+            prompt_lens=[2] * num_reqs,
+            kept_lens=[[1]] * num_reqs,
+            generated=[1] * num_reqs,
+            head_map=[-1],
+            group_size=G,
+            head_dim=D,
+            dtype=DTYPE,
+        )
+        batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+        DecodeLayer(case.layer, "triton").attend(case.q, case.q.clone(), batch)
+
+
 if __name__ == "__main__":
     assert triton.__version__
     compile_instead_of_launching()
@@ -218,5 +251,7 @@ if __name__ == "__main__":
     move()
     score_and_select()
     extend()
-    is_edge = True
+    phase = "edges"
     edges()
+    phase = "lengths"
+    lengths()

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from hetero_kernels import triton_support
-from hetero_kernels.triton_split import share_of
+from hetero_kernels.triton_select import share_of
 from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:

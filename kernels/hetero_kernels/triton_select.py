@@ -20,13 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hetero_kernels.triton_split import share_of
 from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "share_of"]
 
 # Scores that a program holds at a time: 16 for each of 128 threads.
 BLOCK = 2048
@@ -34,6 +33,18 @@ BLOCK = 2048
 SPLIT_SCORES = 4096
 MAX_SPLITS = 32
 _NUM_PASSES = 4
+
+
+@triton.jit
+def share_of(num_parts):
+    """First part of this program's share, and the first behind it, of what lies along an item.
+
+    Grids are (item, split): the second axis cuts a line of tiles or blocks into equal shares, the
+    same ones in all launches that rely on each other. An empty share ends before it begins.
+    """
+    split = tl.program_id(1)
+    share = tl.cdiv(num_parts, tl.num_programs(1))
+    return split * share, tl.minimum((split + 1) * share, num_parts)
 
 
 @triton.jit

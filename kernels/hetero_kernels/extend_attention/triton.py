@@ -80,7 +80,8 @@ def _tiles(
     return maximum, total, acc
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["num_new", "prefix_len"])
 def _extend(
     q_ptr,
     k_ptr,

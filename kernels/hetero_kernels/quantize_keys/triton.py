@@ -59,7 +59,8 @@ def _whole(x, scale, LARGEST):
     return tl.where(scale > 0, ratio, 0.0).to(tl.int32)
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["num_keys"])
 def _quantize(
     keys_ptr,
     data_ptr,

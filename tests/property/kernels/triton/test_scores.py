@@ -18,7 +18,7 @@ from hetero_kernels import (
     window_scores,
 )
 from hetero_kernels.testing import TOLERANCE, on_device
-from tests.property.kernels.test_topk_overlap import make, popcount
+from tests.property.kernels.test_topk_overlap import cases, make, popcount, tied
 
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 DTYPES = sorted(TOLERANCE, key=str)
@@ -115,23 +115,8 @@ def test_window_scores_are_the_references(
     assert_same_scores(actual, expected)
 
 
-@st.composite
-def overlap_cases(draw):
-    lengths = draw(st.lists(st.sampled_from([1, 5, 63, 64, 65, 200]), min_size=0, max_size=3))
-    return make(
-        num_items=len(lengths),
-        num_queries=draw(st.sampled_from([1, 4, 5])),
-        group_size=draw(st.sampled_from([1, 3, 4, 8])),
-        lengths=lengths,
-        counts=[draw(st.integers(0, n)) for n in lengths],
-        head_dim=draw(st.sampled_from([16, 64, 80])),
-        dtype=draw(st.sampled_from(DTYPES)),
-        seed=draw(st.integers(0, 99)),
-    )
-
-
 @few
-@given(case=overlap_cases(), spare=st.sampled_from([None, 0, 3]))
+@given(case=cases(longest=200), spare=st.sampled_from([None, 0, 3]))
 def test_overlap_counts_exactly_the_chosen_positions(device, case, spare):
     width = None
     lengths = case["prompt_lens"].tolist()
@@ -175,13 +160,9 @@ def test_an_item_that_is_padding_gives_zeros(device):
 
 
 def test_equal_scores_choose_the_lowest_positions(device):
-    # Zero queries: all probabilities are equal, the two positions at each end score less.
-    case = make(1, 1, 3, [40], [10])
-    case["queries"].zero_()
-    case["reference"] = torch.tensor([[0b111_1111_1100, 0]], dtype=torch.int32)  # positions 2 .. 10
+    case, expected = tied()
     overlap, _ = topk_overlap(**on_device(case, device), impl="triton")
-    # Chosen: 2 .. 11, of which the reference holds all but 11.
-    assert overlap.item() == pytest.approx(0.9)
+    assert overlap.item() == pytest.approx(expected)
 
 
 @st.composite
