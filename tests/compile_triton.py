@@ -7,6 +7,7 @@ whether loads run ahead. It shows that kernels compile and fit, not that they ar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -29,6 +30,7 @@ from hetero_kernels import (
     gather_rows,
     install_rows,
     plan_delta,
+    quantize_keys,
     top_bits,
     top_positions,
     topk_overlap,
@@ -39,6 +41,9 @@ from hetero_kernels.testing import make_decode_case
 
 DTYPE = torch.bfloat16
 G, D = 4, 128
+# What is compiled now: at the model's shape; what shall only compile; calls of one shape whose
+# lengths differ.
+phase = "model"
 
 
 class Hopper:
@@ -66,6 +71,8 @@ def describe(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     return {
         "name": kernel.metadata.name,
+        "phase": phase,
+        "hash": kernel.hash,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
         "shared_bytes": kernel.metadata.shared,
@@ -130,9 +137,13 @@ def score_and_select() -> None:
         torch.zeros(2, 9000, D // 2, dtype=torch.uint8),
         torch.zeros(2, 9000, D // 32, dtype=torch.bfloat16),
     )
-    for keys in (torch.zeros(2, 9000, D, dtype=DTYPE), int8, int4):
+    for pool in (int8, int4):
+        chunk = torch.zeros(2, 512, D, dtype=DTYPE)
+        quantize_keys(chunk, pool, slice(0, 2), torch.arange(512), impl="triton")
+    exact = torch.zeros(2, 9000, D, dtype=DTYPE)
+    for keys, group_size in ((exact, G), (int8, G), (int4, G), (exact, 8)):
         topk_overlap(
-            torch.zeros(1, 5, G, D, dtype=DTYPE),
+            torch.zeros(1, 5, group_size, D, dtype=DTYPE),
             keys=keys,
             planes=torch.zeros(1, dtype=torch.int32),
             req_to_token=torch.zeros(4, 9000, dtype=torch.int32),
@@ -158,6 +169,81 @@ def extend() -> None:
     extend_attention(q, k, k, prefix_len=64, scale=0.1, slots=slots, impl="triton")
 
 
+def edges() -> None:
+    """What makes other kernels: sizes of 1 become constants, strides from 2^31 on are 64 bits."""
+    case = make_decode_case(
+        prompt_lens=[2],
+        kept_lens=[[1]],
+        generated=[1],
+        head_map=[-1],
+        group_size=1,
+        head_dim=16,
+        dtype=DTYPE,
+        block_tokens=1,
+    )
+    one = torch.zeros(1, dtype=torch.int32)
+    # Two planes of a pool; the memory between them is never touched.
+    wide = torch.empty(2**31 + 160, dtype=DTYPE).as_strided((2, 10, 16), (2**31, 16, 1))
+    tensors = dataclasses.replace(
+        case.layer, k_resident=wide, v_resident=wide, head_map=torch.zeros_like(one)
+    )
+    batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    for layer in (DecodeLayer(case.layer, "triton"), DecodeLayer(tensors, "triton")):
+        layer.append(case.k, case.v, None, batch)
+        layer.attend(case.q, case.q.clone(), batch)
+    q = case.q[:, :, None]  # [1, 1, 1, D]
+    for keys in (wide[:, :1], wide.clone()[:, :1]):
+        topk_overlap(
+            q,
+            keys=keys,
+            planes=one,
+            req_to_token=one[None],
+            rows=one.long(),
+            prompt_lens=one,
+            top_k=one,
+            reference=one[None],
+            scale=0.1,
+            width=1,
+            impl="triton",
+        )
+        window_scores(q.expand(2, 1, 1, 16), keys, 0.1, impl="triton")
+        extend_attention(q[0], keys[:1], keys[1:], prefix_len=0, scale=0.1, impl="triton")
+    plan_delta(one[None], one[None], 1, limits=one, room=1, impl="triton")
+    gather_rows(one[None], one.long(), impl="triton")
+    top_positions(torch.zeros(1, 1), 1, impl="triton")
+
+
+def lengths() -> None:
+    """Calls as they follow each other in a server: numbers divisible by 16, odd ones and 1."""
+    keys = torch.zeros(1, 400, D, dtype=DTYPE)
+    pool = QuantizedKeys(
+        torch.zeros(1, 400, D, dtype=torch.int8), torch.zeros(1, 400, 1, dtype=torch.bfloat16)
+    )
+    blocks = torch.zeros(20, 16, D, dtype=DTYPE)
+    for num_new, prefix_len in ((128, 64), (127, 63), (129, 1), (256, 0)):
+        total = num_new + prefix_len
+        q, slots = torch.zeros(num_new, G, D, dtype=DTYPE), torch.arange(total)
+        options = {"prefix_len": prefix_len, "scale": 0.1, "slots": slots.int()}
+        extend_attention(q, keys, keys, **options, impl="triton")
+        quantize_keys(keys[:, :total], pool, slice(0, 1), slots, impl="triton")
+    for count in (1, 16, 17):
+        index, rows = torch.arange(count), torch.zeros(count, 2 * D, dtype=DTYPE)
+        gather_rows(blocks.view(-1, D), index, impl="triton")
+        install_rows(rows, index, k_blocks=blocks, v_blocks=blocks.clone(), impl="triton")
+    for num_reqs in (9, 15, 16):
+        case = make_decode_case(
+            prompt_lens=[2] * num_reqs,
+            kept_lens=[[1]] * num_reqs,
+            generated=[1] * num_reqs,
+            head_map=[-1],
+            group_size=G,
+            head_dim=D,
+            dtype=DTYPE,
+        )
+        batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+        DecodeLayer(case.layer, "triton").attend(case.q, case.q.clone(), batch)
+
+
 if __name__ == "__main__":
     assert triton.__version__
     compile_instead_of_launching()
@@ -165,3 +251,7 @@ if __name__ == "__main__":
     move()
     score_and_select()
     extend()
+    phase = "edges"
+    edges()
+    phase = "lengths"
+    lengths()

@@ -33,6 +33,7 @@ def resolve(impl: Impl, device: torch.device) -> Resolved:
     """
     if impl == "auto":
         if device.type == "cuda" and triton_support.is_installed():
+            triton_support.require(device)
             return "triton"
         return "native" if device.type == "cpu" and native.library() is not None else "torch"
     if impl == "native":

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from hetero_kernels import triton_support
+from hetero_kernels.triton_select import share_of
 from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ HALO = tl.constexpr(2)
 # rows there are fewer, or registers and shared memory (227 KiB) would not do.
 CHUNK_BYTES = 16384
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 16, 64
+# Rows that are pooled one by one take the wide products of this processor from 64 on, and those
+# spilled 2 KiB a thread where they were compiled (groups of 8, five queries); 32 spill nothing.
+MAX_POOLED_ROWS = 32
 # Bytes of a tile of keys from which on one tile less is loaded ahead.
 LONG_TILE_BYTES = 32768
 # Keys of a split: enough to pay for the queries, few enough that one item of 128K tokens fills 64
@@ -58,7 +62,8 @@ def _item(item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_
     plane = item.to(tl.int64)
     num_positions = length + tl.zeros((), tl.int32)
     if HAS_LENS:
-        num_positions = tl.load(lens_ptr + item)
+        # Nothing has checked it: in a replayed graph it may be longer than what was allocated.
+        num_positions = tl.minimum(tl.load(lens_ptr + item), length)
     if HAS_ROWS:
         row = tl.load(rows_ptr + item)
         num_positions = tl.where(row >= 0, num_positions, 0)
@@ -75,6 +80,38 @@ def _queries(q_ptr, item, row, G, GP, R, D, DP, FIRST, WIDTH):
     is_row = (row % GP < G) & (source < R)
     at = item.to(tl.int64) * (R * D) + source[:, None] * D + FIRST + d[None, :]
     return tl.load(q_ptr + at, mask=is_row[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _operands(
+    q_ptr,
+    item,
+    row,
+    G,
+    GP,
+    R,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Query rows as ``_products`` takes them: whole, or the two halves that 4-bit keys have."""
+    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
+    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
+    q_high = q
+    if KEY_BITS == 4:
+        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
+    if WIDEN or KEY_BITS == 4:
+        q = q.to(tl.float32)
+        q_high = q_high.to(tl.float32)
+    return q, q_high
+
+
+@triton.jit
+def _band():
+    """What pools a tile: column b sums keys b .. b + 4, which are b - 2 .. b + 2 of its output."""
+    t = tl.arange(0, TILE)
+    return ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
 
 
 @triton.jit
@@ -161,19 +198,12 @@ def _measure(
 ):
     item = tl.program_id(0)
     split = tl.program_id(1)
+    chunk = tl.program_id(2)
     table_row, plane, N = _item(
         item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_PLANES
     )
-    chunk = tl.program_id(2)
     row = chunk * RB + tl.arange(0, RB)
-    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
-    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
-    q_high = q
-    if KEY_BITS == 4:
-        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
-    if WIDEN or KEY_BITS == 4:
-        q = q.to(tl.float32)
-        q_high = q_high.to(tl.float32)
+    q, q_high = _operands(q_ptr, item, row, G, GP, R, D, DP, KEY_BITS, WIDEN)
     keys_ptr += plane * plane_stride
     scales_ptr += plane * scales_plane_stride
     slots_ptr += table_row * slots_stride
@@ -183,9 +213,8 @@ def _measure(
 
     maximum = tl.full([RB], float("-inf"), tl.float32)
     total = tl.zeros([RB], tl.float32)
-    num_tiles = tl.cdiv(N, TILE)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    for tile in range(split * share, tl.minimum((split + 1) * share, num_tiles)):
+    first, last = share_of(tl.cdiv(N, TILE))
+    for tile in range(first, last):
         position = tile * TILE + tl.arange(0, TILE)
         products = _products(
             q,
@@ -273,20 +302,12 @@ def _pool_maxima(
     BAND_PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0)
-    split = tl.program_id(1)
     chunk = tl.program_id(2)
     table_row, plane, N = _item(
         item, rows_ptr, lens_ptr, planes_ptr, length, HAS_ROWS, HAS_LENS, HAS_PLANES
     )
     row = chunk * RB + tl.arange(0, RB)
-    STORED: tl.constexpr = D // 2 if KEY_BITS == 4 else D
-    q = _queries(q_ptr, item, row, G, GP, R, D, DP, 0, STORED)
-    q_high = q
-    if KEY_BITS == 4:
-        q_high = _queries(q_ptr, item, row, G, GP, R, D, DP, STORED, STORED)
-    if WIDEN or KEY_BITS == 4:
-        q = q.to(tl.float32)
-        q_high = q_high.to(tl.float32)
+    q, q_high = _operands(q_ptr, item, row, G, GP, R, D, DP, KEY_BITS, WIDEN)
     keys_ptr += plane * plane_stride
     scales_ptr += plane * scales_plane_stride
     slots_ptr += table_row * slots_stride
@@ -296,14 +317,10 @@ def _pool_maxima(
     is_query = row % GP < G
 
     t = tl.arange(0, TILE)
-    # Column b sums keys b .. b + 4 of the tile, which are positions b - 2 .. b + 2 of its output.
-    band = ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
+    band = _band()
     query = chunk * (RB // GP) + tl.arange(0, RB // GP)
     STEP: tl.constexpr = TILE - 2 * HALO
-    num_tiles = tl.cdiv(width, STEP)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    begin = split * share
-    end = tl.minimum(begin + share, num_tiles)
+    begin, end = share_of(tl.cdiv(width, STEP))
     # Behind the last position there is nothing to load. Two loops, because the compiler loads ahead
     # only in one that has no branches.
     last = tl.minimum(tl.cdiv(N, STEP), end)
@@ -368,14 +385,12 @@ def _pool_mean(
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0)
-    split = tl.program_id(1)
     keys_ptr += item.to(tl.int64) * plane_stride
     t = tl.arange(0, TILE)
-    band = ((t[:, None] >= t[None, :]) & (t[:, None] <= t[None, :] + 2 * HALO)).to(tl.float32)
+    band = _band()
     STEP: tl.constexpr = TILE - 2 * HALO
-    num_tiles = tl.cdiv(N, STEP)
-    share = tl.cdiv(num_tiles, tl.num_programs(1))
-    for tile in range(split * share, tl.minimum((split + 1) * share, num_tiles)):
+    first, last = share_of(tl.cdiv(N, STEP))
+    for tile in range(first, last):
         position = tile * STEP - HALO + t
         is_position = (position >= 0) & (position < N)
         sums = tl.zeros([TILE], tl.float32)
@@ -426,7 +441,7 @@ class ScoredItems:
         width: Positions of the longest item.
         slots: Slot by position, int32 [N] or, with ``rows``, [rows, N]; ``None``: the position.
         rows: Row of ``slots`` of each item, int64 [items]; negative: padding.
-        lengths: Positions of each item, int32 [items]; ``None``: ``width``.
+        lengths: Positions of each item, int32 [items]; ``None``, and at most: ``width``.
         planes: Plane of each item, int32 [items]; ``None``: the item's index.
     """
 
@@ -457,7 +472,7 @@ def pool_maxima(items: ScoredItems) -> Tensor:
         return out
     padded = power_of_2(group_size)
     num_rows = max(16, padded * power_of_2(num_groups))
-    chunk_rows = min(num_rows, max(_chunk_rows(items), padded))
+    chunk_rows = min(num_rows, max(_chunk_rows(items, MAX_POOLED_ROWS), padded))
     num_chunks = triton.cdiv(num_groups * padded, chunk_rows)
     factors, arguments, options = _measured(items, padded, chunk_rows, num_chunks, window=0)
     del options["WINDOW"]
@@ -489,7 +504,7 @@ def pool_mean(items: ScoredItems) -> Tensor:
     if out.numel() == 0:
         return out
     num_rows = window * group_size
-    chunk_rows = min(_chunk_rows(items), max(16, power_of_2(num_rows)))
+    chunk_rows = min(_chunk_rows(items, MAX_CHUNK_ROWS), max(16, power_of_2(num_rows)))
     num_chunks = triton.cdiv(num_rows, chunk_rows)
     factors, _, options = _measured(items, group_size, chunk_rows, num_chunks, window=window)
     _pool_mean[(num_items, items.num_splits)](
@@ -509,9 +524,9 @@ def pool_mean(items: ScoredItems) -> Tensor:
     return out
 
 
-def _chunk_rows(items: ScoredItems) -> int:
+def _chunk_rows(items: ScoredItems, most: int) -> int:
     row_bytes = power_of_2(items.queries.shape[3]) * items.queries.element_size()
-    return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, CHUNK_BYTES // int(row_bytes)))
+    return max(MIN_CHUNK_ROWS, min(most, CHUNK_BYTES // int(row_bytes)))
 
 
 def _measured(

@@ -25,7 +25,7 @@ from hetero_kernels.triton_support import power_of_2
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "select", "share_of"]
 
 # Scores that a program holds at a time: 16 for each of 128 threads.
 BLOCK = 2048
@@ -36,11 +36,31 @@ _NUM_PASSES = 4
 
 
 @triton.jit
+def share_of(num_parts):
+    """First part of this program's share, and the first behind it, of what lies along an item.
+
+    Grids are (item, split): the second axis cuts a line of tiles or blocks into equal shares, the
+    same ones in all launches that rely on each other. An empty share ends before it begins.
+    """
+    split = tl.program_id(1)
+    share = tl.cdiv(num_parts, tl.num_programs(1))
+    return split * share, tl.minimum((split + 1) * share, num_parts)
+
+
+@triton.jit
 def _ordered(scores):
     """Unsigned integers in the order of the scores; both zeros are the same."""
     bits = scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)
     return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _block(scores_ptr, row, row_stride, N, block, BLOCK: tl.constexpr):
+    """Positions of a block of a row, and the scores there as ordered integers."""
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    at = scores_ptr + row.to(tl.int64) * row_stride + position
+    return position, _ordered(tl.load(at, mask=position < N, other=0.0))
 
 
 @triton.jit
@@ -110,14 +130,9 @@ def _count(
         tl.store(at_above, tl.load(at_above) + mine)
 
     histogram = tl.zeros([256], tl.int32)
-    num_blocks = tl.cdiv(N, BLOCK)
-    share = tl.cdiv(num_blocks, num_splits)
-    for block in range(split * share, tl.minimum((split + 1) * share, num_blocks)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        scores = tl.load(
-            scores_ptr + row.to(tl.int64) * row_stride + position, mask=position < N, other=0.0
-        )
-        bits = _ordered(scores)
+    first, last = share_of(tl.cdiv(N, BLOCK))
+    for block in range(first, last):
+        position, bits = _block(scores_ptr, row, row_stride, N, block, BLOCK)
         is_counted = position < N
         if PASS > 0:
             is_counted = is_counted & ((bits >> (32 - 8 * PASS)) == prefix)
@@ -141,6 +156,7 @@ def _choose(
     common_ptr,
     length,
     row_stride,
+    num_places,
     positions_stride,
     bits_stride,
     reference_stride,
@@ -174,14 +190,9 @@ def _choose(
     num_taken = tl.sum(tl.where(splits < split, taken, 0), axis=0)
 
     common = tl.zeros((), tl.int32)
-    num_blocks = tl.cdiv(N, BLOCK)
-    share = tl.cdiv(num_blocks, num_splits)
-    for block in range(split * share, tl.minimum((split + 1) * share, num_blocks)):
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        scores = tl.load(
-            scores_ptr + row.to(tl.int64) * row_stride + position, mask=position < N, other=0.0
-        )
-        bits = _ordered(scores)
+    first, last = share_of(tl.cdiv(N, BLOCK))
+    for block in range(first, last):
+        position, bits = _block(scores_ptr, row, row_stride, N, block, BLOCK)
         is_equal = ((bits == threshold) & (position < N)).to(tl.int32)
         rank = num_equal + tl.cumsum(is_equal, axis=0) - is_equal
         is_higher = ((bits > threshold) & (position < N)).to(tl.int32)
@@ -191,7 +202,8 @@ def _choose(
             tl.store(
                 positions_ptr + row.to(tl.int64) * positions_stride + place,
                 position,
-                mask=is_taken != 0,
+                # Counts are not checked: more than there are places would lie in the next row.
+                mask=(is_taken != 0) & (place < num_places),
             )
         if HAS_BITS:
             word = tl.sum(
@@ -222,7 +234,7 @@ class Selection:
         lengths: Scores of each (repeat) row, int32 [rows / repeat]; ``None``: N.
         repeat: Rows that share a count, a length and a reference.
         positions: Out: the chosen positions, ascending, int32 [rows, at least the largest count];
-            further places stay as they are.
+            further places stay as they are, and what finds no place is dropped.
         bits: Out: the chosen positions as bit sets, int32 [rows, num_words]; words beyond the
             length stay as they are.
         reference: Bit sets to compare with, int32 [rows / repeat, num_words].
@@ -293,6 +305,7 @@ def select(selection: Selection) -> Tensor | None:
         common,
         length,
         scores.stride(0),
+        0 if positions is None else positions.shape[1],
         0 if positions is None else positions.stride(0),
         0 if bits is None else bits.stride(0),
         0 if reference is None else reference.stride(0),

@@ -45,6 +45,13 @@ def require(device: torch.device) -> None:
     if not is_installed():
         raise ValueError("impl='triton' needs Triton, which is not installed: pip install triton")
     if device.type == "cuda":
+        # Triton launches on the current device whatever its tensors are on, and an address of
+        # another one is an error that no process survives.
+        if device.index is not None and device.index != (now := torch.cuda.current_device()):
+            raise ValueError(
+                f"impl='triton' runs on the current device, cuda:{now}, got tensors on {device}: "
+                f"enter torch.cuda.device({str(device)!r})"
+            )
         return
     if device.type != "cpu":
         raise ValueError(f"impl='triton' runs on CUDA tensors, got {device}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memd.commands.command import EXIT_OK, EXIT_REFUSED, Command
 from memd.config import MemdConfig, default_address
@@ -45,13 +45,17 @@ stop:
 """
 
 
+def _add_size(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
+    """Add an option whose value is a size, written the one way that memd reads."""
+    group.add_argument(flag, type=parse_bytes, metavar="N[MiB|GiB]", **options)
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory")
-    memory.add_argument(
+    _add_size(
+        memory,
         "--bytes",
         required=True,
-        type=parse_bytes,
-        metavar="N[MiB|GiB]",
         help="size of the region, for example 4GiB; all of it is allocated at once",
     )
     memory.add_argument(
@@ -81,11 +85,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that may be attached at a time (default: %(default)s)",
     )
-    clients.add_argument(
+    _add_size(
+        clients,
         "--client-bytes",
-        type=parse_bytes,
         default=MemdConfig.client_bytes,
-        metavar="N[MiB|GiB]",
         help="most of the region that one client may have (default: all of it)",
     )
     disk = parser.add_argument_group(
@@ -100,11 +103,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where a file without a name is made for them, best on a local NVMe (default: none)",
     )
-    disk.add_argument(
+    _add_size(
+        disk,
         "--disk-bytes",
-        type=parse_bytes,
         default=MemdConfig.disk_bytes,
-        metavar="N[MiB|GiB]",
         help="its size, all of it taken at the start, for example 256GiB",
     )
     disk.add_argument(
@@ -120,11 +122,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "Clients with a GPU may have fetched rows copied into its memory. No CUDA driver is loaded "
         "before one of them asks. Not yet run on a GPU (docs/memd.md).",
     )
-    cuda.add_argument(
+    _add_size(
+        cuda,
         "--cuda-staging-bytes",
-        type=parse_bytes,
         default=MemdConfig.cuda_staging_bytes,
-        metavar="N[MiB|GiB]",
         help="page-locked memory for each GPU that is copied to, taken out of --bytes while it "
         "is, at least the longest landing ring, for example 256MiB (default: copy to none)",
     )

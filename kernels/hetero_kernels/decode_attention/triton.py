@@ -48,7 +48,8 @@ SCHEDULE_BLOCK = 1024
 MERGE_PARTS = 16
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["num_items"])
 def _schedule(
     rows_ptr,
     seq_lens_ptr,
@@ -90,7 +91,7 @@ def _schedule(
     tl.store(starts_ptr + num_items, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def _attend(
     q_ptr,
     out_ptr,
@@ -220,7 +221,7 @@ def _attend(
         item += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def _merge(
     out_ptr,
     starts_ptr,

@@ -80,7 +80,8 @@ def _tiles(
     return maximum, total, acc
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["num_new", "prefix_len"])
 def _extend(
     q_ptr,
     k_ptr,
@@ -127,52 +128,35 @@ def _extend(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
-    maximum, total, acc = _tiles(
-        q,
-        maximum,
-        total,
-        acc,
-        k_ptr,
-        v_ptr,
-        slots_ptr,
-        0,
-        whole,
-        num_visible,
-        num_keys,
-        scale_log2,
-        k_stride,
-        v_stride,
-        D,
-        DP,
-        TILE,
-        HAS_SLOTS,
-        False,
-        WIDEN,
-        PRECISION,
-    )
-    maximum, total, acc = _tiles(
-        q,
-        maximum,
-        total,
-        acc,
-        k_ptr,
-        v_ptr,
-        slots_ptr,
-        whole,
-        tl.cdiv(num_keys, TILE),
-        num_visible,
-        num_keys,
-        scale_log2,
-        k_stride,
-        v_stride,
-        D,
-        DP,
-        TILE,
-        HAS_SLOTS,
-        True,
-        WIDEN,
-        PRECISION,
-    )
+    begin = 0
+    end = whole
+    # Twice: what all rows see needs no mask, what lies on the diagonal does.
+    for IS_MASKED in tl.static_range(2):
+        maximum, total, acc = _tiles(
+            q,
+            maximum,
+            total,
+            acc,
+            k_ptr,
+            v_ptr,
+            slots_ptr,
+            begin,
+            end,
+            num_visible,
+            num_keys,
+            scale_log2,
+            k_stride,
+            v_stride,
+            D,
+            DP,
+            TILE,
+            HAS_SLOTS,
+            IS_MASKED,
+            WIDEN,
+            PRECISION,
+        )
+        begin = end
+        end = tl.cdiv(num_keys, TILE)
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token.to(tl.int64)[:, None] * out_stride + at, result, mask=is_query)
 

@@ -113,6 +113,9 @@ def install_rows(
     Raises:
         ValueError: A shape, dtype or stride is not as described.
     """
+    check_dtype("index", index, torch.int64)
+    check_shape("index", index, (None,))
+    check_dense_rows("index", index)
     check_shape("k_blocks", k_blocks, (None, None, None))
     head_dim = k_blocks.shape[2]
     check_same("k_blocks and v_blocks must have the same shape", k_blocks.shape, v_blocks.shape)
@@ -122,14 +125,16 @@ def install_rows(
     if (block_positions is None) != (positions is None):
         raise ValueError("block_positions and positions go together, got one of them")
     if block_positions is not None and positions is not None:
-        check_dtype("positions", positions, torch.int32)
+        for name, tensor in (("positions", positions), ("block_positions", block_positions)):
+            check_dtype(name, tensor, torch.int32)
+            check_dense_rows(name, tensor, tensor.dim())
+        check_shape("positions", positions, (index.shape[0],))
         check_shape("block_positions", block_positions, tuple(k_blocks.shape[:2]))
     if resolve(impl, source.device) == "triton":
         from hetero_kernels.move_rows.triton import install_rows_triton
 
         for name, tensor in (("k_blocks", k_blocks), ("v_blocks", v_blocks)):
             check_dtype(name, tensor, source.dtype)
-        check_dtype("index", index, torch.int64)
         check_dense_rows("source", source)
         install_rows_triton(source, index, k_blocks, v_blocks, block_positions, positions)
         return

@@ -24,7 +24,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PROGRAM_ELEMENTS = 1024
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["num_rows"])
 def _move(
     source_ptr,
     index_ptr,
@@ -49,7 +50,7 @@ def _move(
     tl.store(out_ptr + to_row[:, None] * out_stride + column[None, :], data, mask=is_element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _install(
     source_ptr,
     index_ptr,

@@ -53,7 +53,8 @@ def plan_delta(
             ones are skipped.
         kept: Position in each kept slot, unique in a row, int32 [M, B]; negative: no row there. It
             holds as many positions as the target has.
-        num_tokens: Positions lie below it; the longest prompt, or more.
+        num_tokens: Positions lie below it; the longest prompt, or more. ``triton`` skips those that
+            do not, as if they were negative.
         limits: Most rows of each item, int32 [M]; ``None``: no limit.
         room: Most rows of all items together; the first items are served first.
         impl: See ``hetero_kernels.dispatch``; there is no ``native``, and ``auto`` is ``torch`` on

@@ -28,25 +28,61 @@ _NO_LIMIT = 2**31 - 1
 
 
 @triton.jit
-def _is_member(sets_ptr, item, num_words, positions):
-    """1 where a position is in an item's set, 0 elsewhere and for skipped ones."""
-    words = tl.load(
-        sets_ptr + item.to(tl.int64) * num_words + positions // 32, mask=positions >= 0, other=0
-    )
-    return (words >> (positions & 31)) & 1
+def _positions(list_ptr, item, index, num_positions, num_tokens, row_stride):
+    """Entries of an item's list; behind its end, as where it skips, -1."""
+    at = list_ptr + item.to(tl.int64) * row_stride + index
+    position = tl.load(at, mask=index < num_positions, other=-1)
+    # Nothing has checked them: in a replayed graph one may lie behind the sets.
+    return tl.where(position < num_tokens, position, -1)
 
 
 @triton.jit
-def _mark(positions_ptr, sets_ptr, num_positions, num_words, row_stride, BLOCK: tl.constexpr):
+def _words(sets_ptr, item, num_tokens, positions):
+    """Where the words of positions lie in an item's set."""
+    num_words = tl.cdiv(num_tokens, 32)
+    return sets_ptr + item.to(tl.int64) * num_words + positions // 32
+
+
+@triton.jit
+def _is_outside(sets_ptr, item, num_tokens, positions):
+    """1 where a position is not in an item's set, 0 elsewhere and for skipped ones."""
+    at = _words(sets_ptr, item, num_tokens, positions)
+    words = tl.load(at, mask=positions >= 0, other=-1)
+    return ((words >> (positions & 31)) & 1) ^ 1
+
+
+@triton.jit
+def _compact(
+    list_ptr,
+    sets_ptr,
+    out_ptr,
+    item,
+    count,
+    num_positions,
+    num_tokens,
+    row_stride,
+    STORES_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the first ``count`` of an item's list that its other set has not, or their indices."""
+    rank = tl.zeros((), tl.int32)
+    for first in range(0, num_positions, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        position = _positions(list_ptr, item, index, num_positions, num_tokens, row_stride)
+        is_outside = _is_outside(sets_ptr, item, num_tokens, position)
+        place = rank + tl.cumsum(is_outside, axis=0) - is_outside
+        is_taken = (is_outside != 0) & (place < count)
+        tl.store(out_ptr + place, index if STORES_INDEX else position, mask=is_taken)
+        rank += tl.sum(is_outside, axis=0)
+
+
+@triton.jit
+def _mark(positions_ptr, sets_ptr, num_positions, num_tokens, row_stride, BLOCK: tl.constexpr):
     item = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(
-        positions_ptr + item.to(tl.int64) * row_stride + index,
-        mask=index < num_positions,
-        other=-1,
-    )
+    position = _positions(positions_ptr, item, index, num_positions, num_tokens, row_stride)
     tl.atomic_or(
-        sets_ptr + item.to(tl.int64) * num_words + position // 32,
+        _words(sets_ptr, item, num_tokens, position),
         1 << (position & 31),
         mask=position >= 0,
     )
@@ -59,7 +95,7 @@ def _count(
     limits_ptr,
     counts_ptr,
     num_targets,
-    num_words,
+    num_tokens,
     target_stride,
     HAS_LIMITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -68,19 +104,15 @@ def _count(
     count = tl.zeros((), tl.int32)
     for first in range(0, num_targets, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            target_ptr + item.to(tl.int64) * target_stride + index,
-            mask=index < num_targets,
-            other=-1,
-        )
-        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
-        count += tl.sum(((position >= 0) & (is_kept == 0)).to(tl.int32), axis=0)
+        position = _positions(target_ptr, item, index, num_targets, num_tokens, target_stride)
+        count += tl.sum(_is_outside(kept_sets_ptr, item, num_tokens, position), axis=0)
     if HAS_LIMITS:
         count = tl.minimum(count, tl.maximum(tl.load(limits_ptr + item), 0))
     tl.store(counts_ptr + item, count)
 
 
-@triton.jit
+# What differs from call to call shall not make another kernel: a compilation takes a second.
+@triton.jit(do_not_specialize=["room"])
 def _plan(
     target_ptr,
     kept_ptr,
@@ -92,7 +124,7 @@ def _plan(
     counts_ptr,
     num_targets,
     num_kept,
-    num_words,
+    num_tokens,
     room,
     target_stride,
     kept_stride,
@@ -110,32 +142,30 @@ def _plan(
     count = tl.minimum(tl.load(wanted_ptr + item).to(tl.int64), free).to(tl.int32)
     tl.store(counts_ptr + item, count)
     at_out = item.to(tl.int64) * num_targets
-    rank = tl.zeros((), tl.int32)
-    for first in range(0, num_targets, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            target_ptr + item.to(tl.int64) * target_stride + index,
-            mask=index < num_targets,
-            other=-1,
-        )
-        is_kept = _is_member(kept_sets_ptr, item, num_words, position)
-        is_missing = ((position >= 0) & (is_kept == 0)).to(tl.int32)
-        place = rank + tl.cumsum(is_missing, axis=0) - is_missing
-        is_taken = (is_missing != 0) & (place < count)
-        tl.store(positions_ptr + at_out + place, position, mask=is_taken)
-        rank += tl.sum(is_missing, axis=0)
-    rank = tl.zeros((), tl.int32)
-    for first in range(0, num_kept, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        position = tl.load(
-            kept_ptr + item.to(tl.int64) * kept_stride + index, mask=index < num_kept, other=-1
-        )
-        is_wanted = _is_member(target_sets_ptr, item, num_words, position)
-        is_leaving = ((position >= 0) & (is_wanted == 0)).to(tl.int32)
-        place = rank + tl.cumsum(is_leaving, axis=0) - is_leaving
-        is_taken = (is_leaving != 0) & (place < count)
-        tl.store(slots_ptr + at_out + place, index, mask=is_taken)
-        rank += tl.sum(is_leaving, axis=0)
+    _compact(
+        target_ptr,
+        kept_sets_ptr,
+        positions_ptr + at_out,
+        item,
+        count,
+        num_targets,
+        num_tokens,
+        target_stride,
+        False,
+        BLOCK,
+    )
+    _compact(
+        kept_ptr,
+        target_sets_ptr,
+        slots_ptr + at_out,
+        item,
+        count,
+        num_kept,
+        num_tokens,
+        kept_stride,
+        True,
+        BLOCK,
+    )
 
 
 def plan_delta_triton(
@@ -150,14 +180,13 @@ def plan_delta_triton(
     counts = torch.zeros(num_items, dtype=torch.int32, device=device)
     if positions.numel() == 0:
         return positions, slots, counts
-    num_words = max(1, triton.cdiv(num_tokens, 32))
-    sets = torch.zeros(2, num_items, num_words, dtype=torch.int32, device=device)
+    sets = torch.zeros(2, num_items, triton.cdiv(num_tokens, 32), dtype=torch.int32, device=device)
     wanted = torch.empty_like(counts)
     block = BLOCK
     for index, tensor in enumerate((target, kept)):
         if tensor.shape[1]:
             _mark[(num_items, triton.cdiv(tensor.shape[1], block))](
-                tensor, sets[index], tensor.shape[1], num_words, tensor.stride(0), BLOCK=block
+                tensor, sets[index], tensor.shape[1], num_tokens, tensor.stride(0), BLOCK=block
             )
     _count[(num_items,)](
         target,
@@ -165,7 +194,7 @@ def plan_delta_triton(
         wanted if limits is None else limits,
         wanted,
         num_targets,
-        num_words,
+        num_tokens,
         target.stride(0),
         HAS_LIMITS=limits is not None,
         BLOCK=block,
@@ -181,7 +210,7 @@ def plan_delta_triton(
         counts,
         num_targets,
         num_kept,
-        num_words,
+        num_tokens,
         _NO_LIMIT if room is None else room,
         target.stride(0),
         kept.stride(0),

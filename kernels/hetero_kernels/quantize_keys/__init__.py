@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from hetero_kernels.checks import check_dtype, check_float, check_shape
+from hetero_kernels.dispatch import resolve
 from hetero_kernels.quantize_keys.cpu import quantize_keys_torch
 from hetero_kernels.quantize_keys.format import QuantizedKeys, num_groups, quantized_key_bytes
 from hetero_kernels.quantize_keys.reference import quantize_keys_reference
@@ -23,7 +24,7 @@ def quantize_keys(
     planes: slice,
     slots: Tensor,
     *,
-    impl: Literal["auto", "torch", "reference"] = "auto",
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> None:
     """Quantise keys into their slots.
 
@@ -31,8 +32,10 @@ def quantize_keys(
         keys: fp32 / bf16 / fp16 [num_heads, n, D].
         out: Where to; only the named planes and slots change.
         planes: Planes of the heads, as many as ``num_heads``.
-        slots: Slot of each key, int64 [n], unique.
-        impl: ``auto`` is ``torch``; ``reference`` is the definition, slow.
+        slots: Slot of each key, int64 [n], unique. A negative one is padding and is not written, by
+            ``triton``, which CUDA graphs may hold, and by the definition; ``torch`` takes none.
+        impl: See ``hetero_kernels.dispatch``; there is no ``native``, and ``auto`` is ``torch`` on
+            CPU tensors.
 
     Raises:
         ValueError: A shape or dtype is not as described.
@@ -41,11 +44,19 @@ def quantize_keys(
     num_heads = len(range(*planes.indices(out.data.shape[0])))
     check_dtype("slots", slots, torch.int64)
     check_shape("keys", keys, (num_heads, slots.shape[0], out.head_dim))
-    if impl == "reference":
+    chosen = resolve(impl, keys.device)
+    if chosen == "triton":
+        from hetero_kernels.quantize_keys.triton import quantize_keys_triton
+
+        dense = keys if keys.stride(2) == 1 else keys.contiguous()
+        quantize_keys_triton(dense, out, planes, slots)
+        return
+    if chosen == "reference":
+        is_real = slots >= 0
         for index, plane in enumerate(range(*planes.indices(out.data.shape[0]))):
-            data, scales = quantize_keys_reference(keys[index], out.bits)
-            out.data[plane, slots] = data
-            out.scales[plane, slots] = scales
+            data, scales = quantize_keys_reference(keys[index, is_real], out.bits)
+            out.data[plane, slots[is_real]] = data
+            out.scales[plane, slots[is_real]] = scales
         return
     data, scales = quantize_keys_torch(keys, out.bits)
     out.data[planes].index_copy_(1, slots, data)

@@ -29,7 +29,14 @@ def attended(case, impl):
 
 
 @st.composite
-def cases(draw, dtypes=DTYPES, lengths=(1, 63, 64, 65, 1000)):
+def cases(
+    draw,
+    dtypes=DTYPES,
+    lengths=(1, 63, 64, 65, 1000),
+    head_dims=(16, 48, 64, 80, 128),
+    block_tokens=(1, 16, 48),
+    has_pivots=False,
+):
     head_map = draw(st.sampled_from([[0], [-1], [-1, 0, -2], [1, -2, 0, -1]]))
     prompt_lens = draw(st.lists(st.sampled_from(lengths), min_size=0, max_size=3))
     num_compressed = sum(place < 0 for place in head_map)
@@ -37,17 +44,67 @@ def cases(draw, dtypes=DTYPES, lengths=(1, 63, 64, 65, 1000)):
         [draw(st.sampled_from(sorted({0, n // 2, n}))) for _ in range(num_compressed)]
         for n in prompt_lens
     ]
+    pivot_maps = st.sampled_from([[-1] * len(head_map), list(range(len(head_map)))])
     return make_decode_case(
         prompt_lens=prompt_lens,
         kept_lens=kept_lens,
         generated=[draw(st.integers(1, 70)) for _ in prompt_lens],
         head_map=head_map,
         group_size=draw(st.sampled_from([1, 3, 4, 8])),
-        head_dim=draw(st.sampled_from([16, 48, 64, 80, 128])),
+        head_dim=draw(st.sampled_from(head_dims)),
         dtype=draw(st.sampled_from(dtypes)),
-        block_tokens=draw(st.sampled_from([1, 16, 48])),
+        block_tokens=draw(st.sampled_from(block_tokens)),
+        pivot_map=draw(pivot_maps) if has_pivots else None,
         seed=draw(st.integers(0, 99)),
     )
+
+
+def dense(case, layer):
+    """Dense attention over what each head of a layer holds, by torch."""
+    out = torch.empty_like(case.q)
+    for b, (row, seq_len) in enumerate(
+        zip(case.rows.tolist(), case.seq_lens.tolist(), strict=True)
+    ):
+        for h, place in enumerate(layer.head_map.tolist()):
+            slots = layer.slots(h, row, layer.length(h, row, seq_len))
+            keys, values = (
+                (layer.k_resident[place], layer.v_resident[place])
+                if place >= 0
+                else (layer.k_blocks.flatten(0, 1), layer.v_blocks.flatten(0, 1))
+            )
+            group = slice(h * layer.group_size, (h + 1) * layer.group_size)
+            out[b, group] = scaled_dot_product_attention(
+                case.q[b, group], keys[slots], values[slots], scale=layer.scale
+            )
+    return out
+
+
+def side_by_side(layer):
+    """The same layer with keys and values of a row side by side, as one pool has them."""
+    D = layer.head_dim
+    resident = torch.cat([layer.k_resident, layer.v_resident], dim=2)
+    blocks = torch.cat([layer.k_blocks, layer.v_blocks], dim=2)
+    return dataclasses.replace(
+        layer,
+        k_resident=resident[..., :D],
+        v_resident=resident[..., D:],
+        k_blocks=blocks[..., :D],
+        v_blocks=blocks[..., D:],
+    )
+
+
+def case_without_rows():
+    """Two requests; of the first the compressed head holds nothing, not even a new token."""
+    case = make_decode_case(
+        prompt_lens=[5, 90],
+        kept_lens=[[0], [40]],
+        generated=[1, 1],
+        head_map=[-1],
+        group_size=2,
+        head_dim=16,
+    )
+    case.layer.prompt_lens[int(case.rows[0])] = int(case.seq_lens[0])
+    return case
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -96,18 +153,7 @@ def test_a_full_budget_is_dense_attention(case):
     batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
     DecodeLayer(layer, impl="reference").append(case.k, case.v, None, batch)
     out = DecodeLayer(layer, impl="reference").attend(case.q, torch.empty_like(case.q), batch)
-    for b, (row, seq_len) in enumerate(
-        zip(case.rows.tolist(), case.seq_lens.tolist(), strict=True)
-    ):
-        for h, place in enumerate(layer.head_map.tolist()):
-            slots = layer.slots(h, row, layer.length(h, row, seq_len))
-            keys = (layer.k_resident[place] if place >= 0 else layer.k_blocks.flatten(0, 1))[slots]
-            values = (layer.v_resident[place] if place >= 0 else layer.v_blocks.flatten(0, 1))[
-                slots
-            ]
-            group = slice(h * layer.group_size, (h + 1) * layer.group_size)
-            dense = scaled_dot_product_attention(case.q[b, group], keys, values, scale=layer.scale)
-            torch.testing.assert_close(out[b, group], dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, dense(case, layer), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -176,17 +222,14 @@ def test_the_number_of_threads_changes_rounding_only(name):
 
 @pytest.mark.parametrize("name", [*implementations(), "reference"])
 def test_a_head_without_rows_gives_zeros(name):
-    case = make_decode_case(
-        prompt_lens=[5], kept_lens=[[0]], generated=[1], head_map=[-1], group_size=2, head_dim=16
-    )
-    case.layer.prompt_lens[int(case.rows[0])] = int(case.seq_lens[0])
-    batch = DecodeBatch(case.rows, case.seq_lens)
-    out = torch.full_like(case.q, float("nan"))
+    case = case_without_rows()
+    batch = DecodeBatch(case.rows[:1], case.seq_lens[:1])
+    out = torch.full_like(case.q[:1], float("nan"))
     if name == "reference":
-        DecodeLayer(case.layer, impl="reference").attend(case.q, out, batch)
+        DecodeLayer(case.layer, impl="reference").attend(case.q[:1], out, batch)
     else:
         with using(name) as impl:
-            DecodeLayer(case.layer, impl=impl).attend(case.q, out, batch)
+            DecodeLayer(case.layer, impl=impl).attend(case.q[:1], out, batch)
     assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -201,17 +244,7 @@ def test_queries_and_pools_may_be_strided_views(name):
         head_dim=32,
     )
     expected = attended(case, "reference")
-    layer = case.layer
-    # Keys and values of a slot side by side, as one pool.
-    resident = torch.cat([layer.k_resident, layer.v_resident], dim=2)
-    blocks = torch.cat([layer.k_blocks, layer.v_blocks], dim=2)
-    layer = dataclasses.replace(
-        layer,
-        k_resident=resident[..., :32],
-        v_resident=resident[..., 32:],
-        k_blocks=blocks[..., :32],
-        v_blocks=blocks[..., 32:],
-    )
+    layer = side_by_side(case.layer)
     wide = torch.zeros(2, 4 * 32 + 7)
     wide[:, : 4 * 32] = case.q.flatten(1)
     q = wide[:, : 4 * 32].unflatten(1, (4, 32))

@@ -49,8 +49,8 @@ def make(
 
 
 @st.composite
-def cases(draw):
-    lengths = draw(st.lists(st.sampled_from([1, 5, 63, 64, 65, 130]), min_size=0, max_size=3))
+def cases(draw, longest=130):
+    lengths = draw(st.lists(st.sampled_from([1, 5, 63, 64, 65, longest]), min_size=0, max_size=3))
     return make(
         num_items=len(lengths),
         num_queries=draw(st.sampled_from([1, 4, 5])),
@@ -65,6 +65,16 @@ def cases(draw):
 
 def popcount(words):
     return sum(int(word).bit_count() for word in (words & 0xFFFFFFFF).tolist())
+
+
+def tied():
+    """Equal scores, of which a choice takes the lowest: arguments, and the overlap that follows."""
+    # Zero queries: all probabilities are equal, the two positions at each end score less.
+    case = make(1, 1, 3, [40], [10])
+    case["queries"].zero_()
+    case["reference"] = torch.tensor([[0b111_1111_1100, 0]], dtype=torch.int32)  # positions 2 .. 10
+    # Chosen: 2 .. 11, of which the reference holds all but 11.
+    return case, 0.9
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -110,17 +120,13 @@ def test_a_long_prompt(name, dtype):
 
 @pytest.mark.parametrize("name", [*implementations(), "reference"])
 def test_equal_scores_choose_the_lowest_positions(name):
-    # Zero queries: all probabilities are equal, the two positions at each end score less.
-    case = make(1, 1, 3, [40], [10])
-    case["queries"].zero_()
-    case["reference"] = torch.tensor([[0b111_1111_1100, 0]], dtype=torch.int32)  # positions 2 .. 10
+    case, expected = tied()
     if name == "reference":
         overlap, _ = topk_overlap(**case, impl="reference")
     else:
         with using(name) as impl:
             overlap, _ = topk_overlap(**case, impl=impl)
-    # Chosen: 2 .. 11, of which the reference holds all but 11.
-    assert overlap.item() == pytest.approx(0.9)
+    assert overlap.item() == pytest.approx(expected)
 
 
 @given(case=cases())

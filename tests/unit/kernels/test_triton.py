@@ -44,6 +44,17 @@ def test_cpu_tensors_without_the_interpreter_are_refused_by_naming_it():
         top_positions(torch.zeros(1, 4), 2, impl="triton")
 
 
+def test_tensors_of_a_device_that_is_not_the_current_one_are_refused():
+    with (
+        mock.patch.object(triton_support, "is_installed", return_value=True),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+    ):
+        assert dispatch.resolve("triton", torch.device("cuda:0")) == "triton"
+        for impl in ("auto", "triton"):
+            with pytest.raises(ValueError, match=r"current device, cuda:0, got .* cuda:1"):
+                dispatch.resolve(impl, torch.device("cuda:1"))
+
+
 def test_other_devices_are_refused():
     with (
         mock.patch.object(triton_support, "is_installed", return_value=True),
@@ -95,12 +106,24 @@ def test_kernels_of_an_h100_compile_and_fit_its_registers_and_shared_memory(tmp_
     assert {kernel["name"] for kernel in kernels} >= {
         *("_append", "_schedule", "_attend", "_merge", "_extend", "_move", "_install"),
         *("_measure", "_combine", "_pool_maxima", "_pool_mean", "_count", "_choose"),
-        *("_mark", "_plan"),
+        *("_mark", "_plan", "_quantize"),
     }
     for kernel in kernels:
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
         assert kernel["spilled_bytes"] == 0, kernel
     for kernel in kernels:
-        if kernel["name"] in ("_attend", "_measure", "_pool_maxima", "_pool_mean", "_extend"):
+        if kernel["phase"] == "model" and kernel["name"] in (
+            "_attend",
+            "_measure",
+            "_pool_maxima",
+            "_pool_mean",
+            "_extend",
+        ):
             assert kernel["num_async_copies"] > 0, f"nothing is loaded ahead: {kernel}"
             assert kernel["num_tensor_products"] > 0, kernel
+    # A server whose chunks and batches have other lengths than the last shall not compile again.
+    repeated = [kernel for kernel in kernels if kernel["phase"] == "lengths"]
+    variants = {name: set() for name in {kernel["name"] for kernel in repeated}}
+    for kernel in repeated:
+        variants[kernel["name"]].add(kernel["hash"])
+    assert {name: len(hashes) for name, hashes in variants.items() if len(hashes) > 1} == {}

@@ -8,10 +8,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 from hetero_kernels import DecodeBatch, DecodeLayer, DecodeWorkspace
 from hetero_kernels.testing import TOLERANCE, make_decode_case, on_device
+from tests.property.kernels.test_decode_attention import (
+    case_without_rows,
+    cases,
+    dense,
+    side_by_side,
+)
 
 POOLS = ("k_resident", "v_resident", "k_blocks", "v_blocks", "block_positions", "pivot_queries")
 few = settings(max_examples=25, suppress_health_check=list(HealthCheck))
@@ -44,31 +49,17 @@ def assert_is_the_references(case, device, num_programs=None):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2 * TOLERANCE[case.q.dtype])
 
 
-@st.composite
-def cases(draw):
-    head_map = draw(st.sampled_from([[0], [-1], [-1, 0, -2], [1, -2, 0, -1]]))
-    lengths = st.sampled_from([0, 1, 63, 64, 65, 200])
-    prompt_lens = draw(st.lists(lengths, min_size=0, max_size=3))
-    num_compressed = sum(place < 0 for place in head_map)
-    return make_decode_case(
-        prompt_lens=prompt_lens,
-        kept_lens=[
-            [draw(st.sampled_from(sorted({0, n // 2, n}))) for _ in range(num_compressed)]
-            for n in prompt_lens
-        ],
-        generated=[draw(st.integers(1, 70)) for _ in prompt_lens],
-        head_map=head_map,
-        group_size=draw(st.sampled_from([1, 3, 4, 8])),
-        head_dim=draw(st.sampled_from([16, 64, 80, 96])),
-        dtype=draw(st.sampled_from(sorted(TOLERANCE, key=str))),
-        block_tokens=draw(st.sampled_from([16, 48, 128])),
-        pivot_map=draw(st.sampled_from([[-1] * len(head_map), list(range(len(head_map)))])),
-        seed=draw(st.integers(0, 99)),
-    )
-
-
 @few
-@given(case=cases(), num_programs=st.sampled_from([None, 1, 7]))
+@given(
+    case=cases(
+        dtypes=sorted(TOLERANCE, key=str),
+        lengths=(0, 1, 63, 64, 65, 200),
+        head_dims=(16, 64, 80, 96),
+        block_tokens=(16, 48, 128),
+        has_pivots=True,
+    ),
+    num_programs=st.sampled_from([None, 1, 7]),
+)
 def test_bits_and_result_are_the_references(device, case, num_programs):
     assert_is_the_references(case, device, num_programs)
 
@@ -95,6 +86,45 @@ def test_lengths_that_differ_a_thousandfold(device, dtype, group_size, head_dim,
         pivot_map=[-1, 0, -1],
     )
     assert_is_the_references(case, device)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("block_tokens", "dtype"), [(16, torch.float32), (64, torch.bfloat16), (128, torch.float16)]
+)
+@pytest.mark.parametrize("num_programs", [None, 3])
+def test_a_head_without_rows_beside_heads_of_a_thousand(
+    device, group_size, head_dim, block_tokens, dtype, num_programs
+):
+    case = make_decode_case(
+        prompt_lens=[1000, 1000],
+        kept_lens=[[0, 1000], [1000, 0]],
+        generated=[1, 1],
+        head_map=[-1, 0, -2],
+        group_size=group_size,
+        head_dim=head_dim,
+        dtype=dtype,
+        block_tokens=block_tokens,
+    )
+    DecodeLayer(case.layer, impl="reference").append(
+        case.k, case.v, None, DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    )
+    # As if nothing had been generated: compressed heads then hold what they kept, also nothing.
+    case.layer.prompt_lens[case.rows] += 1
+    results = []
+    for impl, where in (("reference", "cpu"), ("triton", device)):
+        moved = on_device(case, where)
+        workspace = DecodeWorkspace.allocate(
+            *(2, 3, group_size, head_dim, moved.q.device), num_programs=num_programs
+        )
+        launcher = DecodeLayer(moved.layer, impl=impl, workspace=workspace)
+        out = torch.full_like(moved.q, float("nan"))
+        results.append(launcher.attend(moved.q, out, DecodeBatch(moved.rows, moved.seq_lens)).cpu())
+    expected, actual = results
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2 * TOLERANCE[dtype])
+    empty = actual[0, :group_size], actual[1, 2 * group_size :]
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in empty)
 
 
 def test_how_many_programs_share_the_work_changes_rounding_only(device):
@@ -140,17 +170,7 @@ def test_a_full_budget_is_dense_attention(device):
         pivot_map=[-1, -1],
     )
     layer, out = step(case, "triton", device)
-    row, seq_len = int(case.rows[0]), int(case.seq_lens[0])
-    for h in range(2):
-        slots = layer.slots(h, row, seq_len)
-        keys, values = (
-            (layer.k_resident[0], layer.v_resident[0])
-            if h
-            else (layer.k_blocks.flatten(0, 1), layer.v_blocks.flatten(0, 1))
-        )
-        group = slice(4 * h, 4 * h + 4)
-        dense = scaled_dot_product_attention(case.q[0, group], keys[slots], values[slots])
-        torch.testing.assert_close(out[0, group], dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, dense(case, layer), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e4])
@@ -198,15 +218,7 @@ def test_padding_gives_zeros_and_writes_nothing(device):
 
 
 def test_a_head_without_rows_gives_zeros(device):
-    case = make_decode_case(
-        prompt_lens=[5, 90],
-        kept_lens=[[0], [40]],
-        generated=[1, 1],
-        head_map=[-1],
-        group_size=2,
-        head_dim=16,
-    )
-    case.layer.prompt_lens[int(case.rows[0])] = int(case.seq_lens[0])
+    case = case_without_rows()
     moved = on_device(case, device)
     out = torch.full_like(moved.q, float("nan"))
     batch = DecodeBatch(moved.rows[:1], moved.seq_lens[:1])
@@ -274,17 +286,7 @@ def test_queries_and_pools_may_be_strided_views(device):
     )
     expected = step(case, "reference")[1]
     moved = on_device(case, device)
-    layer = moved.layer
-    # Keys and values of a slot side by side, as one pool.
-    resident = torch.cat([layer.k_resident, layer.v_resident], dim=2)
-    blocks = torch.cat([layer.k_blocks, layer.v_blocks], dim=2)
-    layer = dataclasses.replace(
-        layer,
-        k_resident=resident[..., :32],
-        v_resident=resident[..., 32:],
-        k_blocks=blocks[..., :32],
-        v_blocks=blocks[..., 32:],
-    )
+    layer = side_by_side(moved.layer)
     fused = torch.cat([moved.q, moved.k, moved.v], dim=1)
     q, k, v = fused.split([4, 2, 2], dim=1)
     batch = DecodeBatch(moved.rows, moved.seq_lens, moved.token_ids)

@@ -77,6 +77,30 @@ def test_installed_rows_lie_where_the_reference_puts_them(device, dtype, head_di
         assert torch.equal(results[1][name], expected), name
 
 
+def test_what_an_installation_would_misread_is_refused(device):
+    blocks = torch.zeros(4, 4, 16, device=device)
+    good = {
+        "source": torch.zeros(6, 32, device=device),
+        "index": torch.arange(6, device=device),
+        "k_blocks": blocks,
+        "v_blocks": blocks.clone(),
+        "block_positions": torch.zeros(4, 4, dtype=torch.int32, device=device),
+        "positions": torch.arange(6, dtype=torch.int32, device=device),
+    }
+    every_other = torch.arange(12, device=device)[::2]
+    for name, bad, message in (
+        ("index", every_other, "index must be contiguous"),
+        ("index", good["index"].int(), "index must be torch.int64"),
+        ("positions", every_other.int().repeat(2)[::2], "positions must be contiguous"),
+        ("positions", good["positions"][:5], r"positions must have shape \[6\]"),
+        ("block_positions", good["block_positions"].T, "block_positions must be contiguous"),
+        ("block_positions", good["block_positions"].float(), "block_positions must be torch.int32"),
+    ):
+        for impl in ("triton", "torch"):
+            with pytest.raises(ValueError, match=message):
+                install_rows(**{**good, name: bad}, impl=impl)
+
+
 def test_a_replay_moves_what_the_index_names_now(device, replay):
     source = torch.randn(30, 8, device=device)
     index = torch.zeros(12, dtype=torch.int64, device=device)
