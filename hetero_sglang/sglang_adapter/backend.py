@@ -13,7 +13,8 @@ from hetero_sglang.cache.host_store import HostStore
 from hetero_sglang.cache.staging import StagingPool
 from hetero_sglang.cache.watch import WatchPool
 from hetero_sglang.errors import ConfigError
-from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.prefill import ExtendSpan
+from hetero_sglang.runtime import HeteroRuntime
 from hetero_sglang.sglang_adapter.admission import HeteroAllocator
 from hetero_sglang.sglang_adapter.hooks import verify_hooks
 from hetero_sglang.sglang_adapter.memory_daemon import connect_memory_daemon

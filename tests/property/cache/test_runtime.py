@@ -20,8 +20,9 @@ from hetero_sglang.cache.staging import StagingPool
 from hetero_sglang.cache.watch import WatchPool, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.prefill import ExtendSpan
 from hetero_sglang.profile import HeadProfile, HeadRole, ModelShape, Thresholds
-from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.runtime import HeteroRuntime
 from memd.protocol import KVLayout
 from memd.testing import FakeMemd
 
@@ -62,6 +63,13 @@ class Request:
 
 
 class Machine(RuleBasedStateMachine):
+    # Copies between the pools' device and memd; None: at once.
+    transfers = None
+
+    @property
+    def is_copying(self) -> bool:
+        return False
+
     @initialize(
         retrieval=st.sampled_from(["async", "sync", "off"]),
         variant=st.sampled_from(VARIANTS),
@@ -124,6 +132,7 @@ class Machine(RuleBasedStateMachine):
                 head_dim=DIM,
                 page_tokens=8,
                 dtype=torch.float32,
+                transfers=self.transfers,
             )
         )
         self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
@@ -311,7 +320,7 @@ class Machine(RuleBasedStateMachine):
         assert state["requests"]["prefill"] == sum(r.in_prefill for r in self.live.values())
         if not self.live:
             assert state["areas"]["blocks"]["used_bytes"] == 0
-            assert state["areas"]["staging"]["used_bytes"] == 0
+            assert self.is_copying or state["areas"]["staging"]["used_bytes"] == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "runtime"):
@@ -320,6 +329,7 @@ class Machine(RuleBasedStateMachine):
         self.memd.resume()
         if self.store is not None:
             self.store.poll()
+            assert self.runtime.staging.extents.used == 0
             self.runtime._retrieval.install_landed()
             self.runtime._retrieval.install_landed()
             if self.memd.is_alive:
