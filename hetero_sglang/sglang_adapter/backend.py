@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import atexit
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hetero_sglang.cache.blocks import BlockPool
 from hetero_sglang.cache.host_store import HostStore
 from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.cache.transfers import Transfers
 from hetero_sglang.cache.watch import WatchPool
 from hetero_sglang.errors import ConfigError
 from hetero_sglang.prefill import ExtendSpan
@@ -19,9 +21,6 @@ from hetero_sglang.sglang_adapter.admission import HeteroAllocator
 from hetero_sglang.sglang_adapter.hooks import verify_hooks
 from hetero_sglang.sglang_adapter.memory_daemon import connect_memory_daemon
 from hetero_sglang.sglang_adapter.pool import HeteroKVPool
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +198,8 @@ def _build_runtime(
     )
     store: HostStore | None = None
     if setup.config.retrieval != "off" and setup.tables.num_compressed:
-        daemon = connect_memory_daemon(setup, shape)
+        device = torch.device(pool.device)
+        daemon = connect_memory_daemon(setup, shape, device)
         atexit.register(daemon.close)
         store = HostStore(
             daemon.client,
@@ -208,6 +208,7 @@ def _build_runtime(
             head_dim=setup.head_dim,
             page_tokens=setup.config.page_tokens,
             dtype=setup.dtype,
+            transfers=None if device.type == "cpu" else Transfers(device),
         )
     watch: WatchPool | None = None
     if setup.config.has_watch_pool:

@@ -63,6 +63,8 @@ class Request:
 
 
 class Machine(RuleBasedStateMachine):
+    # Where the pools lie; requests' K and V are kept on the CPU.
+    device = "cpu"
     # Copies between the pools' device and memd; None: at once.
     transfers = None
 
@@ -105,7 +107,7 @@ class Machine(RuleBasedStateMachine):
                 head_dim=DIM,
                 watch_dtype=watch_dtype,
                 dtype=torch.float32,
-                device="cpu",
+                device=self.device,
             )
         blocks = BlockPool(
             num_blocks=num_heads * (CONTEXT // 4 + 1) * ROWS,
@@ -115,7 +117,7 @@ class Machine(RuleBasedStateMachine):
             num_compressed=num_heads,
             context_tokens=CONTEXT,
             dtype=torch.float32,
-            device="cpu",
+            device=self.device,
         )
         self.memd = FakeMemd.create(
             KVLayout(num_heads=num_heads, head_dim=DIM, dtype="float32", page_tokens=8),
@@ -135,15 +137,17 @@ class Machine(RuleBasedStateMachine):
                 transfers=self.transfers,
             )
         )
-        self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
-        resident = torch.full((self.tables.num_planes, TOKENS + 1, DIM), float("nan"))
+        self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32, device=self.device)
+        resident = torch.full(
+            (self.tables.num_planes, TOKENS + 1, DIM), float("nan"), device=self.device
+        )
         self.runtime = HeteroRuntime(
             tables=self.tables,
             config=config,
             k_resident=resident,
             v_resident=resident.clone(),
             blocks=blocks,
-            staging=StagingPool(num_heads, 3 * CONTEXT, DIM, torch.float32, "cpu"),
+            staging=StagingPool(num_heads, 3 * CONTEXT, DIM, torch.float32, self.device),
             store=self.store,
             watch=self.watch,
             req_to_token=self.req_to_token,
@@ -194,7 +198,8 @@ class Machine(RuleBasedStateMachine):
             k, v = self.random(count, HEADS, DIM), self.random(count, HEADS, DIM)
             request.k[layer] = torch.cat([request.k[layer], k.transpose(0, 1)], 1)
             request.v[layer] = torch.cat([request.v[layer], v.transpose(0, 1)], 1)
-            out = self.runtime.extend_layer(layer, q, k, v, spans, SCALE)
+            there = [tensor.to(self.device) for tensor in (q, k, v)]
+            out = self.runtime.extend_layer(layer, *there, spans, SCALE).cpu()
             for i in range(count):
                 self.compare(request, layer, q[i], out[i], start + i + 1, None)
         request.done = end
@@ -230,7 +235,7 @@ class Machine(RuleBasedStateMachine):
     def kept(self, request: Request) -> list[np.ndarray]:
         """Kept positions as the block pool has them, by compressed head."""
         blocks = self.runtime.blocks
-        flat = blocks.positions.numpy().reshape(-1)
+        flat = blocks.positions.cpu().numpy().reshape(-1)
         return [
             flat[
                 blocks.row_addresses(
@@ -302,10 +307,10 @@ class Machine(RuleBasedStateMachine):
                 exact = request.k[layer][1, : len(ids)]
                 keys = self.watch.keys
                 held = (
-                    keys[layer, ids]
+                    keys[layer, ids.to(self.device)]
                     if isinstance(keys, torch.Tensor)
-                    else keys.dequantize(layer, ids)
-                )
+                    else keys.dequantize(layer, ids.to(self.device))
+                ).cpu()
                 largest = exact.abs().amax(-1, keepdim=True)
                 error = bound[self.runtime.config.watch_dtype] * largest + exact.abs() / 256
                 if self.runtime.config.watch_dtype == "model":
@@ -328,10 +333,11 @@ class Machine(RuleBasedStateMachine):
         self.flush()
         self.memd.resume()
         if self.store is not None:
+            self.store.wait_stored()
             self.store.poll()
             assert self.runtime.staging.extents.used == 0
-            self.runtime._retrieval.install_landed()
-            self.runtime._retrieval.install_landed()
+            self.runtime._retrieval.install_landed(wait=True)
+            self.runtime._retrieval.install_landed(wait=True)
             if self.memd.is_alive:
                 self.memd.check_integrity()
                 self.store.poll()
