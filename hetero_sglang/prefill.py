@@ -50,12 +50,10 @@ class Place:
     """Where a compressed prompt goes.
 
     Attributes:
-        budget: How many positions each head keeps.
-        counts: The same on the device, int32 [num_compressed].
+        counts: Positions each head keeps, on the device, int32 [num_compressed].
         blocks: Blocks of each head, on the device, int64 [num_compressed, most blocks].
     """
 
-    budget: HeadBudget
     counts: torch.Tensor
     blocks: torch.Tensor
 
@@ -68,10 +66,12 @@ class Prefill:
         num_tokens: Its length, tokens.
         end: Position after the last token of this chunk.
         staging_start: First slot of its staging extent; None before it has one.
+        budget: How many positions each head keeps; None before its blocks are given out, which is
+            when its last chunk gets room.
         token_ids: Token ids of the chunks that have begun, int64; kept for memd's pages.
         pivot_queries: Last prompt query of every pivot, [num_pivots, group_size, head_dim]; None
             before the last chunk, and where nothing is watched.
-        place: Where it goes; None before the last chunk.
+        place: Where it goes; None before the last chunk has begun.
         kept: Positions that each compressed head keeps, int32, on the device.
         tail_queries: By layer, newest queries of earlier chunks that belong to the selection
             window, [num_tokens, num_kv_heads, group_size, head_dim].
@@ -80,6 +80,7 @@ class Prefill:
     num_tokens: int
     end: int
     staging_start: int | None = None
+    budget: HeadBudget | None = None
     token_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     pivot_queries: torch.Tensor | None = None
     place: Place | None = None
@@ -91,16 +92,11 @@ class Prefill:
         """Whether the prompt ends with this chunk."""
         return self.end == self.num_tokens
 
-    @property
-    def budget(self) -> HeadBudget | None:
-        """How many positions each head keeps; None before the prompt's blocks are given out."""
-        return None if self.place is None else self.place.budget
-
     def kept_positions(self) -> list[NDArray[np.int64]]:
         """Kept positions by compressed head id, int64 arrays; waits for the device, once."""
-        assert self.place is not None
+        assert self.budget is not None
         every = torch.cat(self.kept).cpu().numpy().astype(np.int64)
-        ends = np.cumsum(self.place.budget.tokens)[:-1]
+        ends = np.cumsum(self.budget.tokens)[:-1]
         # Copies: each is changed by itself later on.
         return [positions.copy() for positions in np.split(every, ends)]
 
@@ -158,17 +154,20 @@ class PrefillPath:
         ]
         self._offsets = torch.arange(blocks.block_tokens, device=device)
 
-    def place(self, row: int, prefill: Prefill, budget: HeadBudget) -> None:
-        """Notes the blocks that a row was given for its prompt.
+    def begin_last_chunk(self, row: int, prefill: Prefill) -> None:
+        """Notes on the device which blocks a row was given for its prompt.
+
+        Called on the stream of the forward passes, as what is made here is used and given back
+        there. (Room is made on SGLang's stream of the scheduler.)
 
         Args:
             row: Row of the request table.
-            prefill: Its prompt.
-            budget: How many positions each head keeps.
+            prefill: Its prompt, which has its budget.
         """
-        counts = to_device(budget.tokens.astype(np.int32), self._device)
+        assert prefill.budget is not None
+        counts = to_device(prefill.budget.tokens.astype(np.int32), self._device)
         blocks = to_device(self._blocks.kept_blocks(row), self._device)
-        prefill.place = Place(budget, counts, blocks)
+        prefill.place = Place(counts, blocks)
         nothing = torch.empty(0, dtype=torch.int32, device=self._device)
         prefill.kept = [nothing] * self._tables.num_compressed
 
@@ -268,9 +267,9 @@ class PrefillPath:
             values: Values, same shape.
             scale: Softmax scale.
         """
-        place = prefill.place
+        place, budget = prefill.place, prefill.budget
         assert place is not None
-        budget = place.budget
+        assert budget is not None
         heads = self._tables.layers[layer]
         _, compressed, pivots = self._head_index[layer]
         if self._is_watching and len(heads.pivots) and not budget.keeps_everything:

@@ -246,7 +246,7 @@ class HeteroRuntime:
             if prefill.is_last_chunk and prefill.budget is None:
                 budget = self.budget_for(prefill.num_tokens)
                 self.blocks.begin(row, prefill.num_tokens, budget.tokens)
-                self._prompts.place(row, prefill, budget)
+                prefill.budget = budget
         if decoding:
             self.blocks.grow(rows[decoding], seq_lens[decoding])
 
@@ -276,13 +276,13 @@ class HeteroRuntime:
     # -- prefill -----------------------------------------------------------------------
 
     def begin_extend(self, spans: list[ExtendSpan]) -> None:
-        """Asks memd for the pages of a batch's new tokens, ahead of their use."""
-        if self.store is None:
-            return
-        self.store.poll()
+        """Prepares a batch of chunks: their blocks on the device, memd's pages for their tokens."""
+        self.poll()
         for span in spans:
             prefill = self._prefills[span.row]
-            if self._wants_store(self.budget_for(prefill.num_tokens)):
+            if prefill.is_last_chunk:
+                self._prompts.begin_last_chunk(span.row, prefill)
+            if self.store is not None and self._wants_store(self.budget_for(prefill.num_tokens)):
                 end = span.prefix_len + span.num_new
                 # The one time that the host reads a chunk's token ids; on a device it waits here.
                 ids = self._req_to_token[span.row, span.prefix_len : end].cpu().numpy()

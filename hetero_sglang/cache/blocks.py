@@ -175,6 +175,13 @@ class BlockPool:
         most = -(-int(self._kept[row].max(initial=0)) // self.block_tokens)
         return self._table[row, :, :most].astype(np.int64)
 
+    def positions_on_host(self) -> NDArray[np.int32]:
+        """``positions`` as they are when all that was asked of the device is done; waits for it."""
+        if self.positions.device.type == "cuda":
+            # Of every stream: who asks is not on that of the forward passes.
+            torch.cuda.synchronize(self.positions.device)
+        return np.asarray(self.positions.cpu().numpy())
+
     def check_integrity(self) -> None:
         """Raises ResidencyError unless every block has exactly one owner or is free."""
         owners = np.zeros(self.num_blocks, dtype=np.int64)

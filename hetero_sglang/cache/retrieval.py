@@ -247,7 +247,7 @@ class Retrieval:
         """Raises ResidencyError when positions repeat, leave the prompt or differ from the pool."""
         if not self._kept:
             return
-        flat = self._blocks.positions.cpu().numpy().reshape(-1)
+        flat = self._blocks.positions_on_host().reshape(-1)
         for row, kept in self._kept.items():
             for head, positions in enumerate(kept.positions):
                 if len(np.unique(positions)) != len(positions):

@@ -70,7 +70,8 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def is_copying(self) -> bool:
-        return False
+        """Whether a prompt is on its way to memd, or has arrived and nobody has looked."""
+        return self.store is not None and len(self.store._storing) > 0
 
     @initialize(
         retrieval=st.sampled_from(["async", "sync", "off"]),

@@ -27,11 +27,6 @@ MARKS = [
 class Late:
     """Rules over copies; beside a machine of the runtime."""
 
-    @property
-    def is_copying(self) -> bool:
-        # Or done, and nobody has looked.
-        return self.store is not None and len(self.store._storing) > 0
-
     @rule()
     def hold_copies_back(self) -> None:
         self.transfers.is_held = True
