@@ -319,6 +319,25 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert torch.all((held - exact).abs() <= error)
 
+    def has_its_rows_in_memd(self, row: int) -> bool:
+        """Whether memd has K and V of all compressed heads of a prompt, bit for bit."""
+        request = self.live[row]
+        positions = np.arange(request.prompt_len)
+        rows = torch.from_numpy(self.memd.pages).view(torch.float32).view(-1, 2, DIM)
+        for layer, heads in enumerate(self.tables.layers):
+            for index, head in enumerate(heads.compressed.tolist()):
+                where = self.store.row_indices(row, heads.first_compressed + index, positions)
+                for side, given in enumerate((request.k[layer], request.v[layer])):
+                    if not torch.equal(rows[where, side], given[head, : request.prompt_len]):
+                        return False
+        return True
+
+    @invariant()
+    def what_can_be_fetched_is_the_prompts(self) -> None:
+        if self.store is not None and self.store.is_available:
+            for row in self.live:
+                assert not self.store.is_ready(row) or self.has_its_rows_in_memd(row)
+
     @invariant()
     def pools_agree(self) -> None:
         self.runtime.check_integrity()

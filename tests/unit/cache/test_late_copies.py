@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 
 from tests.held_transfers import HeldTransfers
 from tests.property.cache import test_runtime as eager
@@ -27,22 +25,6 @@ def machine() -> Iterator[eager.Machine]:
     machine.teardown()
 
 
-def stored_rows(machine: eager.Machine, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a prompt's compressed heads in memd, [heads, num_tokens, 2, dim], and as given."""
-    request, store = machine.live[row], machine.store
-    flat = torch.from_numpy(machine.memd.pages).view(torch.float32).view(-1, 2, eager.DIM)
-    held, given = [], []
-    positions = np.arange(request.prompt_len)
-    for layer, heads in enumerate(machine.tables.layers):
-        for index, head in enumerate(heads.compressed.tolist()):
-            held.append(flat[store.row_indices(row, heads.first_compressed + index, positions)])
-            prompt = slice(0, request.prompt_len)
-            given.append(
-                torch.stack([request.k[layer][head, prompt], request.v[layer][head, prompt]], 1)
-            )
-    return torch.stack(held), torch.stack(given)
-
-
 def test_staging_is_the_prompts_until_it_has_left(machine: eager.Machine) -> None:
     extents = machine.runtime.staging.extents
     machine.admit(prompt_len=40, chunk=40)
@@ -58,8 +40,7 @@ def test_staging_is_the_prompts_until_it_has_left(machine: eager.Machine) -> Non
     machine.runtime.poll()
     assert extents.used == 0
     for row in machine.live:
-        held, given = stored_rows(machine, row)
-        assert torch.equal(held, given)
+        assert machine.has_its_rows_in_memd(row)
 
 
 def test_pages_are_the_prompts_until_they_are_written(machine: eager.Machine) -> None:
@@ -74,8 +55,7 @@ def test_pages_are_the_prompts_until_they_are_written(machine: eager.Machine) ->
     machine.pools_agree()
     machine.transfers.is_held = False
     machine.runtime.poll()
-    held, given = stored_rows(machine, 1)
-    assert torch.equal(held, given)
+    assert machine.has_its_rows_in_memd(1)
     machine.end(which=0)
     machine.runtime.poll()
     assert machine.store.num_pages_used == 0
@@ -90,8 +70,7 @@ def test_prompts_that_share_pages_leave_each_others_rows_alone(machine: eager.Ma
     shared = machine.store._references > 1
     assert shared.any()
     for row in machine.live:
-        held, given = stored_rows(machine, row)
-        assert torch.equal(held, given)
+        assert machine.has_its_rows_in_memd(row)
 
 
 def test_nothing_is_fetched_before_it_is_stored(machine: eager.Machine) -> None:
