@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from tests.captured_machine import CapturedMachine
 from tests.held_transfers import HeldTransfers
@@ -39,6 +39,12 @@ class Late:
     @rule()
     def do_one_copy(self) -> None:
         self.transfers.do_next()
+
+    @invariant()
+    def rows_on_their_way_are_nobody_elses(self) -> None:
+        retrieval = self.runtime._retrieval
+        for flight in [] if retrieval is None else retrieval._flights:
+            assert not flight.ticket.is_finished
 
     def teardown(self) -> None:
         if self.transfers is not None:
