@@ -109,6 +109,9 @@ class HeteroAttentionBackend(AttentionBackend):
                 forward_batch.seq_lens.long(),
                 forward_batch.out_cache_loc.long(),
             )
+        elif mode.is_extend() and not forward_batch.rids:
+            # Warm-ups and captures of SGLang's, which belong to no request.
+            self._spans = []
         elif mode.is_extend():
             rows = forward_batch.req_pool_indices.tolist()
             prefix = forward_batch.extend_prefix_lens.tolist()
@@ -132,6 +135,8 @@ class HeteroAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Attention of a prompt chunk, [num_tokens, num_q_heads * head_dim]."""
         self._check_layer(layer, save_kv_cache)
+        if not self._spans:
+            return q.new_zeros(q.shape[0], self._num_q_heads * self._head_dim)
         heads = self._by_head(q, k, v)
         out = self.runtime.extend_layer(layer.layer_id, *heads, self._spans, layer.scaling)
         return out.view(-1, self._num_q_heads * self._head_dim)

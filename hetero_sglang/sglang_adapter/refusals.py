@@ -51,6 +51,15 @@ def _is_refused_device(args: Any) -> bool:
     return str(getattr(args, "device", "cpu")) != "cpu" and not _is_untested_cuda(args)
 
 
+def _is_prefill_captured(args: Any) -> bool:
+    """Whether a graph holds the attention of prompts too; breakable ones leave it out."""
+    given = getattr(args, "cuda_graph_backend_prefill", None)
+    if str(getattr(args, "device", "cpu")) == "cuda":
+        prefill = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)
+        given = getattr(prefill, "backend", given)
+    return given in ("full", "tc_piecewise")
+
+
 _OWN_TIER = "it moves KV of all heads of a token between tiers by itself"
 _ONE_RANK = "head roles are not split over ranks yet"
 
@@ -155,6 +164,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "--enable-torch-compile",
         _set("enable_torch_compile"),
         "the attention backend is not traceable",
+    ),
+    Refusal(
+        "--cuda-graph-backend-prefill",
+        _is_prefill_captured,
+        "selection at the end of a prompt is host work too, which a graph does not hold",
+        "use --cuda-graph-backend-prefill breakable or disabled",
     ),
     Refusal("--encoder-only", _set("encoder_only"), "there is no KV to keep"),
 )

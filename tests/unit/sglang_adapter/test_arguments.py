@@ -116,6 +116,7 @@ ON: dict[str, object] = {
     "--disaggregation-mode": "prefill",
     "--kv-cache-dtype": "fp8_e4m3",
     "--page-size": 16,
+    "--cuda-graph-backend-prefill": "full",
     "--kv-canary": "log",
     "--speculative-algorithm": "EAGLE",
     "--dllm-algorithm": "x",
@@ -156,6 +157,23 @@ def test_who_tries_a_gpu_is_warned_once(
         refusals.check_server_args(SimpleNamespace(device="cuda", tp_size=2))
     with pytest.raises(ConfigError, match="--device xpu"):
         refusals.check_server_args(SimpleNamespace(device="xpu"))
+
+
+def test_prefill_graphs_that_sglang_chose_by_itself_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HETERO_SGLANG_UNTESTED_CUDA", "1")
+
+    def args(device: str, backend: str) -> SimpleNamespace:
+        chosen = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+        return SimpleNamespace(device=device, cuda_graph_config=chosen)
+
+    with pytest.raises(ConfigError, match="--cuda-graph-backend-prefill"):
+        refusals.check_server_args(args("cuda", "full"))
+    refusals.check_server_args(args("cuda", "breakable"))
+    refusals.check_server_args(args("cuda", "disabled"))
+    # On the CPU nothing is captured, whatever is written there.
+    refusals.check_server_args(args("cpu", "full"))
 
 
 def test_refused_flags_exist_in_sglang() -> None:
