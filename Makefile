@@ -28,7 +28,7 @@ PYTEST_ARGS ?=
 OP ?=
 # Further arguments of pip, for example the index of CPU builds of torch.
 PIP_ARGS ?=
-# cpu, or cuda for SGLang with its CUDA wheels. The policy itself runs on the CPU only so far, so cpu is
+# cpu, or cuda for SGLang with its CUDA wheels. The policy has not been run on a GPU yet, so cpu is
 # right on a machine with a GPU too: the GPU is hidden from it.
 DEVICE ?= cpu
 

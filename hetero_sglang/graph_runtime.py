@@ -24,7 +24,8 @@ import torch
 from hetero_kernels import DecodeLayer, DecodeWorkspace, topk_overlap
 from hetero_sglang.cache.decode_tables import DecodeTables
 from hetero_sglang.cache.mailbox import Mailbox
-from hetero_sglang.cache.table_mirror import TableMirror, to_device
+from hetero_sglang.cache.table_mirror import TableMirror
+from hetero_sglang.cache.transfers import to_device
 from hetero_sglang.errors import ResidencyError
 from hetero_sglang.runtime import HeteroRuntime
 
@@ -58,7 +59,6 @@ class GraphRuntime(HeteroRuntime):
         self._device = self._k_resident.device
         self.mirror = TableMirror(self.blocks, self._device)
         self.mailbox = Mailbox(self._device) if mailbox is None else mailbox
-        self._watched_plane = self._watched_plane.to(self._device)
         num_rows = self.blocks.prompt_lens.shape[0]
         self._generation = np.zeros(num_rows, dtype=np.int64)
         self._announced: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None

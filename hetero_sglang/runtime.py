@@ -3,15 +3,16 @@
 ``begin_prefill`` -> ``allocate`` -> ``extend_layer`` (a chunk, layer by layer; the last
 chunk compresses) -> ``allocate`` + ``begin_decode`` + ``decode_layer`` (a step) ->
 ``free``. Called on SGLang's scheduler thread only; knows the areas and the policy, not
-SGLang. Nothing here waits for memd during decode unless retrieval is ``sync``.
+SGLang. Nothing here waits for memd or the device during decode unless retrieval is ``sync``;
+a prefill may.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +22,11 @@ from hetero_kernels import (
     DecodeBatch,
     DecodeLayer,
     LayerTensors,
-    extend_attention,
     native_status,
     score_positions,
     top_bits,
     top_positions,
     topk_overlap,
-    window_scores,
 )
 from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
 from hetero_sglang.errors import HeteroError, ResidencyError
@@ -35,6 +34,7 @@ from hetero_sglang.policy.budget import HeadBudget, allocate_budget
 from hetero_sglang.policy.drift import drift_verdict
 from hetero_sglang.policy.plan import refresh_target
 from hetero_sglang.policy.selection import protect
+from hetero_sglang.prefill import Prefill, PrefillPath
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,48 +45,13 @@ if TYPE_CHECKING:
     from hetero_sglang.cache.watch import WatchPool
     from hetero_sglang.config import HeteroConfig
     from hetero_sglang.policy.roles import RoleTables
+    from hetero_sglang.prefill import ExtendSpan
 
 logger = logging.getLogger(__name__)
 
 _RESERVE_WAIT_S = 0.25
 """Longest wait for memd at the end of a prefill. It answers in a fraction of a millisecond and was
 asked when the chunk began, so only a stopped daemon makes anyone wait."""
-
-
-@dataclass
-class _Prefill:
-    """A prompt on its way in: how long it is and how far this chunk goes."""
-
-    num_tokens: int
-    end: int
-    staging_start: int | None = None
-    budget: HeadBudget | None = None
-    kept: list[NDArray[np.int64]] = field(default_factory=list)
-    pivot_queries: torch.Tensor | None = None
-    """Last prompt query of every pivot, [num_pivots, group_size, head_dim]."""
-    tail_queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By layer, newest queries of earlier chunks that belong to the selection window."""
-
-    @property
-    def is_last_chunk(self) -> bool:
-        return self.end == self.num_tokens
-
-
-@dataclass(frozen=True)
-class ExtendSpan:
-    """One request's part of an extend batch.
-
-    Attributes:
-        row: Row of the request table.
-        start: First query token within the batch.
-        prefix_len: Tokens of the prompt that earlier chunks have done.
-        num_new: Tokens of this chunk.
-    """
-
-    row: int
-    start: int
-    prefix_len: int
-    num_new: int
 
 
 @dataclass
@@ -154,12 +119,13 @@ class HeteroRuntime:
         self._k_resident = k_resident
         self._v_resident = v_resident
         self._req_to_token = req_to_token
-        self._req_to_token_np = req_to_token.numpy()
         self._group_size = group_size
         num_rows, context = req_to_token.shape
         head_dim = k_resident.shape[2]
         self._head_dim = head_dim
-        self._prefills: dict[int, _Prefill] = {}
+        self._prefills: dict[int, Prefill] = {}
+        # Staging extents that are being read by copies to memd: first slot and slots.
+        self._leaving: dict[int, int] = {}
         self._decoding: dict[int, HeadBudget] = {}
         self._is_watched = np.zeros(num_rows, dtype=np.bool_)
         self._top_k = np.zeros(num_rows, dtype=np.int32)
@@ -184,16 +150,20 @@ class HeteroRuntime:
             device=k_resident.device,
         )
         self._watched_keys = k_resident if watch is None else watch.keys
-        self._watched_plane = torch.from_numpy(tables.watched_plane)
+        self._watched_plane = torch.from_numpy(tables.watched_plane).to(k_resident.device)
         self._rule = config.budget_rule(tables)
-        self._head_index = [
-            (
-                torch.from_numpy(heads.resident),
-                torch.from_numpy(heads.compressed),
-                torch.from_numpy(heads.pivots),
-            )
-            for heads in tables.layers
-        ]
+        self._prompts = PrefillPath(
+            tables=tables,
+            config=config,
+            k_resident=k_resident,
+            v_resident=v_resident,
+            blocks=blocks,
+            staging=staging,
+            watch=watch,
+            req_to_token=req_to_token,
+            group_size=group_size,
+            is_watching=self._is_watching,
+        )
         self._layers: list[DecodeLayer | None] = [None] * len(tables.layers)
         self._batch: DecodeBatch | None = None
         self._retrieval = (
@@ -246,7 +216,7 @@ class HeteroRuntime:
         """
         prefill = self._prefills.get(row)
         if prefill is None:
-            self._prefills[row] = _Prefill(num_tokens, end)
+            self._prefills[row] = Prefill(num_tokens, end)
         else:
             prefill.num_tokens, prefill.end = num_tokens, end
 
@@ -277,7 +247,6 @@ class HeteroRuntime:
                 budget = self.budget_for(prefill.num_tokens)
                 self.blocks.begin(row, prefill.num_tokens, budget.tokens)
                 prefill.budget = budget
-                prefill.kept = [np.empty(0, dtype=np.int64)] * self.tables.num_compressed
         if decoding:
             self.blocks.grow(rows[decoding], seq_lens[decoding])
 
@@ -294,6 +263,11 @@ class HeteroRuntime:
         if self.store is not None:
             self.store.free_row(row)
 
+    def poll(self) -> None:
+        """Takes what has arrived; never blocks. Staging comes back by this."""
+        if self.store is not None:
+            self.store.poll()
+
     def clear(self) -> None:
         """Frees every row (cache flush)."""
         for row in {*self._prefills, *self._decoding}:
@@ -302,16 +276,19 @@ class HeteroRuntime:
     # -- prefill -----------------------------------------------------------------------
 
     def begin_extend(self, spans: list[ExtendSpan]) -> None:
-        """Asks memd for the pages of a batch's new tokens, ahead of their use."""
-        if self.store is None:
-            return
-        self.store.poll()
+        """Prepares a batch of chunks: their blocks on the device, memd's pages for their tokens."""
+        self.poll()
         for span in spans:
             prefill = self._prefills[span.row]
-            if self._wants_store(self.budget_for(prefill.num_tokens)):
+            if prefill.is_last_chunk:
+                self._prompts.begin_last_chunk(span.row, prefill)
+            if self.store is not None and self._wants_store(self.budget_for(prefill.num_tokens)):
                 end = span.prefix_len + span.num_new
-                ids = self._req_to_token_np[span.row, span.prefix_len : end]
-                self.store.reserve(span.row, ids.astype(np.int64))
+                # The one time that the host reads a chunk's token ids; on a device it waits here.
+                ids = self._req_to_token[span.row, span.prefix_len : end].cpu().numpy()
+                earlier = prefill.token_ids[: span.prefix_len]
+                prefill.token_ids = np.concatenate([earlier, ids.astype(np.int64)])
+                self.store.reserve(span.row, prefill.token_ids[span.prefix_len :])
 
     def extend_layer(
         self,
@@ -339,166 +316,52 @@ class HeteroRuntime:
         parts: list[torch.Tensor] = []
         for span in spans:
             tokens = slice(span.start, span.start + span.num_new)
-            keys, values = self._write_chunk(layer, k[tokens], v[tokens], span)
-            parts.append(
-                extend_attention(q[tokens], keys, values, prefix_len=span.prefix_len, scale=scale)
-            )
             prefill = self._prefills[span.row]
-            queries = q[tokens].view(span.num_new, -1, self._group_size, self._head_dim)
-            if prefill.is_last_chunk:
-                self._compress_layer(layer, span.row, prefill, queries, keys, values, scale)
-                if layer == len(self.tables.layers) - 1:
-                    self._finish_prefill(span.row, prefill)
-            elif prefill.num_tokens - prefill.end < self.config.window:
-                # The window reaches back into this chunk.
-                self._keep_tail(layer, prefill, queries)
+            parts.append(
+                self._prompts.extend(layer, q[tokens], k[tokens], v[tokens], span, prefill, scale)
+            )
+            if prefill.is_last_chunk and layer == len(self.tables.layers) - 1:
+                self._finish_prefill(span.row, prefill)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _keep_tail(self, layer: int, prefill: _Prefill, queries: torch.Tensor) -> None:
-        newest = queries[-self.config.window :]
-        earlier = prefill.tail_queries.get(layer)
-        prefill.tail_queries[layer] = (
-            newest.clone() if earlier is None else torch.cat([earlier, newest])
-        )
-
-    def _write_chunk(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, span: ExtendSpan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a chunk to its areas; returns K and V so far, [num_kv_heads, total, head_dim]."""
-        heads = self.tables.layers[layer]
-        resident, compressed, pivots = self._head_index[layer]
-        prefill = self._prefills[span.row]
-        assert prefill.staging_start is not None
-        total = span.prefix_len + span.num_new
-        staged = slice(prefill.staging_start + span.prefix_len, prefill.staging_start + total)
-        so_far = slice(prefill.staging_start, prefill.staging_start + total)
-        ids = self._req_to_token[span.row, :total].long()
-        if self.watch is not None and len(heads.pivots):
-            new_keys = k.transpose(0, 1)[pivots].to(self._k_resident.dtype)
-            self.watch.write(heads.pivot_ids, ids[span.prefix_len :], new_keys)
-        areas = (
-            (k, self._k_resident[heads.planes], self.staging.k[heads.compressed_ids]),
-            (v, self._v_resident[heads.planes], self.staging.v[heads.compressed_ids]),
-        )
-        result: list[torch.Tensor] = []
-        for rows, pool, stage in areas:
-            by_head = rows.transpose(0, 1)
-            if len(heads.resident):
-                pool.index_copy_(1, ids[span.prefix_len :], by_head[resident].to(pool.dtype))
-            if len(heads.compressed):
-                stage[:, staged] = by_head[compressed].to(stage.dtype)
-            if span.prefix_len == 0:
-                result.append(by_head)
-                continue
-            full = rows.new_empty(self.tables.num_kv_heads, total, self._head_dim)
-            if len(heads.resident):
-                full[resident] = pool.index_select(1, ids)
-            if len(heads.compressed):
-                full[compressed] = stage[:, so_far]
-            result.append(full)
-        return result[0], result[1]
-
-    def _compress_layer(
-        self,
-        layer: int,
-        row: int,
-        prefill: _Prefill,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-    ) -> None:
-        """Selects and moves the kept rows of one layer; notes the pivots' last queries.
-
-        Args:
-            layer: Layer index.
-            row: Row of the request table.
-            prefill: The prompt; this is its last chunk.
-            queries: Queries of the chunk, [num_new, num_kv_heads, group_size, head_dim].
-            keys: Keys of the whole prompt, [num_kv_heads, num_tokens, head_dim].
-            values: Values, same shape.
-            scale: Softmax scale.
-        """
-        budget = prefill.budget
-        assert budget is not None
-        heads = self.tables.layers[layer]
-        _, compressed, pivots = self._head_index[layer]
-        if budget.keeps_everything:
-            everything = np.arange(budget.num_tokens)
-            for index, head in enumerate(heads.compressed.tolist()):
-                cid = heads.first_compressed + index
-                self._move_rows(row, cid, everything, keys[head], values[head])
-            return
-        if self._is_watching and len(heads.pivots):
-            if prefill.pivot_queries is None:
-                shape = (self.tables.num_pivots, self._group_size, self._head_dim)
-                prefill.pivot_queries = queries.new_empty(shape)
-            prefill.pivot_queries[heads.pivot_ids] = queries[-1, pivots]
-        if not len(heads.compressed):
-            return
-        scores = self._selection_scores(layer, prefill, queries, keys[compressed], scale)
-        counts = budget.tokens[heads.compressed_ids]
-        chosen = top_positions(scores, torch.from_numpy(counts.astype(np.int32))).numpy()
-        for index, head in enumerate(heads.compressed.tolist()):
-            cid = heads.first_compressed + index
-            kept = chosen[index, : int(counts[index])].astype(np.int64)
-            self._move_rows(row, cid, kept, keys[head], values[head])
-            prefill.kept[cid] = kept
-
-    def _selection_scores(
-        self,
-        layer: int,
-        prefill: _Prefill,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Scores by which the compressed heads of one layer keep positions, [heads, num_tokens]."""
-        _, compressed, _ = self._head_index[layer]
-        window = min(self.config.window, prefill.num_tokens)
-        if self.config.window == 1:
-            return score_positions(queries[-1, compressed].contiguous(), keys, scale)
-        recent = queries[-window:, compressed]
-        tail = prefill.tail_queries.pop(layer, None)
-        if len(recent) < window:
-            assert tail is not None
-            recent = torch.cat([tail[:, compressed], recent])[-window:]
-        scores = window_scores(recent.transpose(0, 1), keys, scale)
-        return protect(scores, self.config.window)
-
-    def _move_rows(
-        self, row: int, cid: int, kept: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        where = torch.from_numpy(self.blocks.row_addresses(row, cid, np.arange(len(kept))))
-        positions = torch.from_numpy(kept)
-        dim, dtype = self._head_dim, self.blocks.k.dtype
-        self.blocks.k.view(-1, dim).index_copy_(0, where, k.index_select(0, positions).to(dtype))
-        self.blocks.v.view(-1, dim).index_copy_(0, where, v.index_select(0, positions).to(dtype))
-        self.blocks.positions.view(-1).index_copy_(0, where, positions.to(torch.int32))
-
-    def _finish_prefill(self, row: int, prefill: _Prefill) -> None:
+    def _finish_prefill(self, row: int, prefill: Prefill) -> None:
         """Copies the prompt to memd, gives staging back, opens the row for decode."""
         budget, start = prefill.budget, prefill.staging_start
         assert budget is not None
         assert start is not None
+        self._leaving[start] = prefill.num_tokens
         if self.store is not None and self._wants_store(budget):
+            assert self._retrieval is not None
             extent = slice(start, start + prefill.num_tokens)
-            ids = self._req_to_token_np[row, : prefill.num_tokens].astype(np.int64)
             is_sync = self.config.retrieval == "sync"
             wait_s = self.config.sync_timeout_s if is_sync else _RESERVE_WAIT_S
-            if self.store.wait_reserved(row, wait_s) and self.store.store(
-                row, ids, self.staging.k[:, extent], self.staging.v[:, extent]
+            if (
+                len(prefill.token_ids) == prefill.num_tokens
+                and self.store.wait_reserved(row, wait_s)
+                and self.store.store(
+                    row,
+                    prefill.token_ids,
+                    self.staging.k[:, extent],
+                    self.staging.v[:, extent],
+                    partial(self._free_staging, start),
+                )
             ):
-                assert self._retrieval is not None
-                self._retrieval.begin(row, prefill.num_tokens, prefill.kept)
+                self._retrieval.begin(row, prefill.num_tokens, prefill.kept_positions())
                 if prefill.pivot_queries is not None:
                     self._set_references(row, prefill.pivot_queries, budget)
             else:
                 self.store_skipped += 1
                 self.store.free_row(row)
-        self.staging.extents.free(start)
+                self._free_staging(start)
+        else:
+            self._free_staging(start)
         del self._prefills[row]
         self._decoding[row] = budget
+
+    def _free_staging(self, start: int) -> None:
+        """Gives back an extent that nobody reads any more."""
+        del self._leaving[start]
+        self.staging.extents.free(start)
 
     def _set_references(self, row: int, queries: torch.Tensor, budget: HeadBudget) -> None:
         """Sets every pivot's reference set by its last prompt query, with the keys it watches."""
@@ -695,9 +558,11 @@ class HeteroRuntime:
             for prefill in self._prefills.values()
             if prefill.staging_start is not None
         )
+        staged += sum(self._leaving.values())
         if staged != self.staging.extents.used:
             raise ResidencyError(
-                f"{self.staging.extents.used} staging slots in use, {staged} by known prompts"
+                f"{self.staging.extents.used} staging slots in use, {staged} by known prompts and "
+                "copies"
             )
         if self.store is not None:
             self.store.check_integrity()

@@ -3,7 +3,7 @@
 A stand-in for the runner: static input buffers, SGLang's padding, warm-ups with SGLang's hooks, one
 graph a batch size, and SGLang's own view of a batch at a replay. What is replayed is either the
 call itself (``impl`` torch) or a recording of its launches (``impl`` triton,
-``tests/fake_graph.py``).
+``tests/fake_graph.py``), or a CUDA graph where the pools are on a GPU.
 """
 
 from __future__ import annotations
@@ -78,20 +78,22 @@ class Runner:
         most = max(sizes)
         backend.init_cuda_graph_state(most, most)
         self.fill_value = backend.get_cuda_graph_seq_len_fill_value()
+        self.device = device = backend.runtime.blocks.k.device
+        seq_lens_cpu = torch.full((most,), self.fill_value, dtype=torch.int64)
         self.buffers = SimpleNamespace(
-            input_ids=torch.zeros(most, dtype=torch.int64),
-            positions=torch.zeros(most, dtype=torch.int64),
-            req_pool_indices=torch.zeros(most, dtype=torch.int64),
-            seq_lens=torch.full((most,), self.fill_value, dtype=torch.int64),
-            seq_lens_cpu=torch.full((most,), self.fill_value, dtype=torch.int64),
-            out_cache_loc=torch.zeros(most, dtype=torch.int64),
+            input_ids=torch.zeros(most, dtype=torch.int64, device=device),
+            positions=torch.zeros(most, dtype=torch.int64, device=device),
+            req_pool_indices=torch.zeros(most, dtype=torch.int64, device=device),
+            seq_lens=seq_lens_cpu.clone().to(device),
+            seq_lens_cpu=seq_lens_cpu,
+            out_cache_loc=torch.zeros(most, dtype=torch.int64, device=device),
             encoder_lens=None,
             mamba_track_indices=None,
         )
         nan = float("nan")
         heads, dim = eager.HEADS, eager.DIM
-        self.q = torch.full((LAYERS, most, heads * eager.GROUP * dim), nan)
-        self.k = torch.full((LAYERS, most, heads * dim), nan)
+        self.q = torch.full((LAYERS, most, heads * eager.GROUP * dim), nan, device=device)
+        self.k = torch.full((LAYERS, most, heads * dim), nan, device=device)
         self.v = self.k.clone()
         self.out = torch.full_like(self.q, nan)
         self.layers = [
@@ -127,6 +129,12 @@ class Runner:
         for _ in range(2):
             run_once()
             self.backend.on_after_cuda_graph_warmup()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            real = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(real):
+                run_once()
+            return real.replay
         if not self.is_recording:
             return run_once
         before = addresses_held(self.backend.runtime)
@@ -208,7 +216,8 @@ class Runner:
         assert not self.is_recording or addresses_held(self.backend.runtime) == before
         padding = self.out[:, count:size]
         assert torch.equal(padding, torch.zeros_like(padding))
-        return self.out[:, :count].view(LAYERS, count, eager.HEADS * eager.GROUP, eager.DIM)
+        out = self.out[:, :count].cpu()
+        return out.view(LAYERS, count, eager.HEADS * eager.GROUP, eager.DIM)
 
 
 class HeldMail:
@@ -239,16 +248,19 @@ class CapturedMachine(eager.Machine):
     impl = "torch"
     sizes = (1, 2, 4)
 
+    @property
+    def is_recording(self) -> bool:
+        return self.impl == "triton" and self.device == "cpu"
+
     def begin(self, retrieval: str, variant: tuple[str, str, int], seed: int) -> None:
         self.mail = HeldMail()
-        made: Any = partial(
-            GraphRuntime, impl=self.impl, mailbox=Mailbox(torch.device("cpu"), self.mail)
-        )
+        mailbox = Mailbox(torch.device("cpu"), self.mail) if self.device == "cpu" else None
+        made: Any = partial(GraphRuntime, impl=self.impl, mailbox=mailbox)
         with mock.patch.object(eager, "HeteroRuntime", made):
             eager.Machine.start(self, retrieval=retrieval, variant=variant, seed=seed)
         pools = self.pools()
         before = [pool.clone() for pool in pools]
-        self.runner = Runner(Backend(self.runtime), list(self.sizes), self.impl == "triton")
+        self.runner = Runner(Backend(self.runtime), list(self.sizes), self.is_recording)
         # Neither a warm-up nor a capture leaves anything.
         for pool, untouched in zip(pools, before, strict=True):
             assert torch.equal(pool.view(torch.uint8), untouched.view(torch.uint8))

@@ -24,7 +24,7 @@ class BlockPool:
     """K and V blocks, their tables and the free list.
 
     Tables are CPU tensors with numpy views of the same memory: Python bookkeeping and
-    native kernels read one truth.
+    native kernels read one truth. Rows and their positions lie on the pools' device.
 
     Attributes:
         k: Keys, [num_blocks, block_tokens, head_dim].
@@ -57,13 +57,15 @@ class BlockPool:
             num_compressed: Compressed heads of the model.
             context_tokens: Longest request, tokens.
             dtype: Storage dtype of K and V.
-            device: Device of K and V.
+            device: Device of K, V and positions.
         """
         self.block_tokens = block_tokens
         self.num_blocks = num_blocks
         self.k = allocate_pool((num_blocks, block_tokens, head_dim), dtype, device)
         self.v = allocate_pool((num_blocks, block_tokens, head_dim), dtype, device)
-        self.positions = torch.full((num_blocks, block_tokens), -1, dtype=torch.int32)
+        self.positions = torch.full(
+            (num_blocks, block_tokens), -1, dtype=torch.int32, device=device
+        )
         max_blocks = -(-(context_tokens + 1) // block_tokens)
         self.table = torch.full((num_rows, num_compressed, max_blocks), -1, dtype=torch.int32)
         self.kept_lens = torch.zeros(num_rows, num_compressed, dtype=torch.int32)
@@ -159,6 +161,26 @@ class BlockPool:
         """
         blocks = self._table[row, head, slots // self.block_tokens].astype(np.int64)
         return np.asarray(blocks * self.block_tokens + slots % self.block_tokens)
+
+    def kept_blocks(self, row: int) -> NDArray[np.int64]:
+        """Blocks of a row's kept prompt tokens.
+
+        Args:
+            row: Row of the request table.
+
+        Returns:
+            int64 [num_compressed, most blocks of a head]; kept row ``s`` of a head lies in its
+            block ``s // block_tokens``. Entries behind a head's own blocks are -1.
+        """
+        most = -(-int(self._kept[row].max(initial=0)) // self.block_tokens)
+        return self._table[row, :, :most].astype(np.int64)
+
+    def positions_on_host(self) -> NDArray[np.int32]:
+        """``positions`` as they are when all that was asked of the device is done; waits for it."""
+        if self.positions.device.type == "cuda":
+            # Of every stream: who asks is not on that of the forward passes.
+            torch.cuda.synchronize(self.positions.device)
+        return np.asarray(self.positions.cpu().numpy())
 
     def check_integrity(self) -> None:
         """Raises ResidencyError unless every block has exactly one owner or is free."""

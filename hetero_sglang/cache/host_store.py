@@ -6,22 +6,33 @@ Pages are given out by memd when the first request needs them and go back with t
 one. Two prompts may share a page: rows of the later one are written into a page that is
 sealed already. That is safe, because memd reads only rows that a fetch names, and no fetch
 names a row before its prompt is stored. This module never waits for memd on the decode path.
+
+Rows of a prompt may take a while to get from the device into its pages. Until they are there the
+pages are not sealed, nothing is fetched from them, and they stay the prompt's even when its request
+has ended.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from hetero_sglang.cache.landing import DeviceLanding, HostLanding, Landed, Landing
+from hetero_sglang.cache.prompt_copies import DirectWriter, PackedWriter, PromptRows, PromptWriter
 from hetero_sglang.errors import ResidencyError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
+    from hetero_sglang.cache.prompt_copies import PromptCopy
+    from hetero_sglang.cache.transfers import Transfers
     from memd.client import FetchTicket, MemdClient, ReserveTicket
 
 _ABSENT = -1
@@ -32,6 +43,20 @@ _PENDING = -2
 class _Reservation:
     ticket: ReserveTicket
     logical_pages: NDArray[np.int64]
+
+
+@dataclass
+class _Storing:
+    """A prompt whose rows are on their way into its pages.
+
+    ``row`` is None once its request has ended; the pages go back when they are not written to.
+    """
+
+    row: int | None
+    held: NDArray[np.int64]
+    copy: PromptCopy
+    on_done: Callable[[], None]
+    num_tokens: int
 
 
 class HostStore:
@@ -54,6 +79,7 @@ class HostStore:
         head_dim: int,
         page_tokens: int,
         dtype: torch.dtype,
+        transfers: Transfers | None = None,
     ) -> None:
         """Wraps a connected client.
 
@@ -64,6 +90,8 @@ class HostStore:
             head_dim: Head dimension.
             page_tokens: Token ids of one page.
             dtype: Element type of K and V.
+            transfers: Begins copies between the pools' device and memd's memory; None where the
+                pools are CPU tensors, from and to which rows are copied at once.
         """
         self.client = client
         self.stored_bytes = 0
@@ -76,14 +104,24 @@ class HostStore:
         self._held: dict[int, NDArray[np.int64]] = {}
         self._token_ids: dict[int, NDArray[np.int64]] = {}
         self._reservations: list[_Reservation] = []
+        self._storing: deque[_Storing] = deque()
         # [pages, heads, page_tokens, K|V, head_dim], the shared memory itself.
-        self._pages = (
+        pages = (
             torch.from_numpy(client.pages)
             .view(dtype)
             .view(client.num_pages, num_heads, page_tokens, 2, head_dim)
         )
-        self._landing = torch.from_numpy(client.landing).view(dtype).view(-1, 2, head_dim)
-        self.row_bytes = 2 * head_dim * self._pages.element_size()
+        ring = torch.from_numpy(client.landing).view(dtype).view(-1, 2, head_dim)
+        self._writer: PromptWriter
+        self._landing: Landing
+        if transfers is None:
+            self._writer, self._landing = DirectWriter(pages), HostLanding(ring)
+        else:
+            self._writer, self._landing = (
+                PackedWriter(pages, transfers),
+                DeviceLanding(ring, transfers),
+            )
+        self.row_bytes = 2 * head_dim * pages.element_size()
 
     @property
     def is_available(self) -> bool:
@@ -96,8 +134,12 @@ class HostStore:
         return int((self._page_of != _ABSENT).sum())
 
     def has(self, row: int) -> bool:
-        """Whether the row's compressed heads are stored, so that they can be fetched."""
+        """Whether the row's compressed heads are stored, or on their way."""
         return row in self._token_ids
+
+    def is_ready(self, row: int) -> bool:
+        """Whether the row's compressed heads are stored, so that they can be fetched."""
+        return row in self._token_ids and all(storing.row != row for storing in self._storing)
 
     def reserve(self, row: int, token_ids: NDArray[np.int64]) -> None:
         """Asks memd for the pages that these token ids need; returns at once.
@@ -120,8 +162,9 @@ class HostStore:
             self._reservations.append(_Reservation(self.client.reserve(len(absent)), absent))
 
     def poll(self) -> None:
-        """Takes memd's answers; never blocks."""
+        """Takes memd's answers and seals prompts that have arrived; never blocks."""
         self.client.poll()
+        self._settle_copies()
         if self._reservations:
             self._settle()
 
@@ -149,40 +192,46 @@ class HostStore:
         return bool(np.all(self._page_of[held] >= 0))
 
     def store(
-        self, row: int, token_ids: NDArray[np.int64], k: torch.Tensor, v: torch.Tensor
+        self,
+        row: int,
+        token_ids: NDArray[np.int64],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        on_done: Callable[[], None],
     ) -> bool:
-        """Copies a prompt's compressed heads into memd and seals the pages.
+        """Begins to copy a prompt's compressed heads into memd; seals the pages when it is done.
 
         Args:
             row: Row whose pages were reserved.
             token_ids: Logical token id of each position, int64 [num_tokens].
             k: Keys, [num_heads, num_tokens, head_dim].
             v: Values, same shape.
+            on_done: Called once when ``k`` and ``v`` are not read any more: before this returns
+                where they are CPU tensors, else by a later ``poll``.
 
         Returns:
-            False when the pages are not all there; nothing is stored then.
+            False when the pages are not all there; nothing is stored and called then.
         """
         held = self._held.get(row)
         if held is None or not self.is_available or np.any(self._page_of[held] < 0):
             return False
-        pages = self._page_of[token_ids // self._page_tokens]
-        offsets = token_ids % self._page_tokens
-        # Token ids mostly ascend by one: copy runs inside a page, not rows.
-        breaks = np.flatnonzero((np.diff(token_ids) != 1) | (np.diff(pages) != 0)) + 1
-        starts = np.concatenate([[0], breaks])
-        ends = np.concatenate([breaks, [len(token_ids)]])
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            offset = int(offsets[start])
-            target = self._pages[int(pages[start]), :, offset : offset + end - start]
-            target[:, :, 0].copy_(k[:, start:end])
-            target[:, :, 1].copy_(v[:, start:end])
-        fresh = held[~self._is_committed[held]]
-        if len(fresh):
-            self._is_committed[fresh] = True
-            self.client.commit(self._page_of[fresh])
+        logical = token_ids // self._page_tokens
+        rows = PromptRows(
+            pages=self._page_of[logical],
+            offsets=token_ids % self._page_tokens,
+            is_shared=self._references[logical] > 1,
+        )
+        copy = self._writer.begin(rows, k, v)
         self._token_ids[row] = token_ids
-        self.stored_bytes += len(token_ids) * self._num_heads * self.row_bytes
+        self._storing.append(_Storing(row, held, copy, on_done, len(token_ids)))
+        self._settle_copies()
         return True
+
+    def wait_stored(self) -> None:
+        """Waits until all prompts are in their pages (``sync`` retrieval)."""
+        if self._storing:
+            self._storing[-1].copy.event.synchronize()
+            self._settle_copies()
 
     def row_indices(self, row: int, head: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """memd's flat row indices of prompt positions of one head.
@@ -205,16 +254,30 @@ class HostStore:
         """Starts one fetch; None when the landing ring has no room or memd is lost."""
         return self.client.fetch(rows) if self.is_available else None
 
-    def landed(self, ticket: FetchTicket) -> torch.Tensor:
-        """Rows of a finished fetch, [num_rows, 2, head_dim], valid until ``client.finish``."""
-        return self._landing[ticket.landing_start : ticket.landing_start + ticket.num_rows]
+    def land(self, ticket: FetchTicket) -> Landed:
+        """Begins to bring a finished fetch's rows to the pools' device.
+
+        The ticket is finished (``client.finish``) when the result's event is passed and the rows
+        are installed, not before.
+        """
+        return self._landing.begin(ticket)
 
     def free_row(self, row: int) -> None:
-        """Gives back what the row held; pages that nobody else holds return to memd."""
+        """Gives back what the row held; pages that nobody else holds return to memd.
+
+        Pages that are still being written to follow when that is done.
+        """
         self._token_ids.pop(row, None)
         held = self._held.pop(row, None)
         if held is None:
             return
+        for storing in self._storing:
+            if storing.row == row:
+                storing.row = None
+                return
+        self._give_back(held)
+
+    def _give_back(self, held: NDArray[np.int64]) -> None:
         self._references[held] -= 1
         idle = held[(self._references[held] == 0) & (self._page_of[held] >= 0)]
         self._release(idle)
@@ -226,7 +289,8 @@ class HostStore:
         ``client.check_integrity`` compares both.
         """
         counted = np.zeros_like(self._references)
-        for held in self._held.values():
+        ended = [storing.held for storing in self._storing if storing.row is None]
+        for held in [*self._held.values(), *ended]:
             counted[held] += 1
         if not np.array_equal(counted, self._references):
             raise ResidencyError("host store: reference counts differ from the holders")
@@ -235,6 +299,22 @@ class HostStore:
             raise ResidencyError("host store: a memd page has two owners")
         if np.any((self._page_of >= 0) & (self._references == 0)):
             raise ResidencyError("host store: a page is held by nobody")
+
+    def _settle_copies(self) -> None:
+        # In the order in which they were begun: the later of two prompts that share a page has the
+        # last word on what both wrote.
+        while self._storing and self._storing[0].copy.event.query():
+            storing = self._storing.popleft()
+            storing.on_done()
+            if storing.row is None:
+                self._give_back(storing.held)
+                continue
+            storing.copy.finish()
+            fresh = storing.held[~self._is_committed[storing.held]]
+            if len(fresh) and self.is_available:
+                self._is_committed[fresh] = True
+                self.client.commit(self._page_of[fresh])
+            self.stored_bytes += storing.num_tokens * self._num_heads * self.row_bytes
 
     def _settle(self) -> None:
         waiting: list[_Reservation] = []

@@ -9,39 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from hetero_sglang.cache.transfers import record_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class Event(Protocol):
-    """A point in the device's work (``torch.cuda.Event``)."""
-
-    def query(self) -> bool:
-        """Whether the device has passed it."""
-
-    def synchronize(self) -> None:
-        """Waits until it has."""
-
-
-class _Passed:
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-
-def record_event(device: torch.device) -> Event:
-    """The end of what has been asked of the device's current stream so far."""
-    if device.type != "cuda":
-        return _Passed()
-    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+    from hetero_sglang.cache.transfers import Event
 
 
 @dataclass

@@ -4,7 +4,8 @@ A satellite with a *target* wants other positions than it holds. Each step the m
 ones of all satellites go to memd in one message, best score first, as many as the
 landing ring takes; the rest follows later. Until rows land, attention goes on over what
 is there: stale, but valid. A head has at most one fetch in flight, so the slots named at
-issue are still right at installation.
+issue are still right at installation. A fetch is in flight until its rows are installed: memd
+gathers them, then they go to the pools' device (``cache/landing.py``).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from hetero_kernels import install_rows
+from hetero_sglang.cache.transfers import to_device
 from hetero_sglang.errors import ResidencyError
 from hetero_sglang.policy.plan import plan_delta
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from hetero_sglang.cache.blocks import BlockPool
     from hetero_sglang.cache.host_store import HostStore
+    from hetero_sglang.cache.landing import Landed
     from memd.client import FetchTicket
 
 
@@ -58,6 +61,7 @@ class _Flight:
     ticket: FetchTicket
     exchanges: list[_Exchange]
     kept: list[KeptRows]
+    landed: Landed | None = None
 
 
 @dataclass
@@ -159,6 +163,8 @@ class Retrieval:
         owners: list[KeptRows] = []
         room = self._max_rows
         for row, kept in self._kept.items():
+            if not self._store.is_ready(row):
+                continue
             for head in [h for h in kept.targets if h not in kept.in_flight]:
                 if room <= 0:
                     break
@@ -181,15 +187,33 @@ class Retrieval:
         self._flights.append(_Flight(ticket, exchanges, owners))
         self.counters.issued += 1
 
-    def install_landed(self) -> None:
-        """Writes the rows of finished fetches into the block pool; never blocks."""
+    def install_landed(self, *, wait: bool = False) -> None:
+        """Writes the rows of finished fetches into the block pool; never blocks unless told to.
+
+        Args:
+            wait: Whether to wait for rows that memd has gathered and the device does not have yet.
+        """
         waiting: list[_Flight] = []
         for flight in self._flights:
-            if not flight.ticket.is_done and self._store.is_available:
+            if self._is_in_flight(flight, wait):
                 waiting.append(flight)
-                continue
-            self._land(flight)
+            else:
+                self._land(flight)
         self._flights = waiting
+
+    def _is_in_flight(self, flight: _Flight, wait: bool) -> bool:
+        if not self._store.is_available:
+            # Rows that are on their way to the device may arrive, where nobody takes them.
+            return False
+        if not flight.ticket.is_done:
+            return True
+        if flight.ticket.error is not None:
+            return False
+        if flight.landed is None:
+            flight.landed = self._store.land(flight.ticket)
+        if wait:
+            flight.landed.event.synchronize()
+        return not flight.landed.event.query()
 
     def run_to_completion(self, timeout_s: float) -> bool:
         """Fetches and installs until every head has its target (``sync`` retrieval).
@@ -201,6 +225,7 @@ class Retrieval:
             False when memd was lost or did not answer in time; what landed stays.
         """
         deadline = time.monotonic() + timeout_s
+        self._store.wait_stored()
         while self._store.is_available:
             self.issue()
             if not self._flights:
@@ -209,7 +234,7 @@ class Retrieval:
             if remaining <= 0 or not self._store.client.wait(self._flights[0].ticket, remaining):
                 return False
             self._store.poll()
-            self.install_landed()
+            self.install_landed(wait=True)
         self.install_landed()
         return False
 
@@ -220,7 +245,9 @@ class Retrieval:
 
     def check_integrity(self) -> None:
         """Raises ResidencyError when positions repeat, leave the prompt or differ from the pool."""
-        flat = self._blocks.positions.numpy().reshape(-1)
+        if not self._kept:
+            return
+        flat = self._blocks.positions_on_host().reshape(-1)
         for row, kept in self._kept.items():
             for head, positions in enumerate(kept.positions):
                 if len(np.unique(positions)) != len(positions):
@@ -232,38 +259,42 @@ class Retrieval:
                     raise ResidencyError(f"row {row} head {head}: pool and table disagree")
 
     def _land(self, flight: _Flight) -> None:
-        ok = flight.ticket.is_done and flight.ticket.error is None and self._store.is_available
-        rows = self._store.landed(flight.ticket) if ok else None
-        start = 0
-        is_whole = True
+        is_lost = flight.landed is None or not self._store.is_available
+        taken: list[tuple[_Exchange, KeptRows]] = []
+        is_taken: list[bool] = []
         for exchange, kept in zip(flight.exchanges, flight.kept, strict=True):
-            end = start + len(exchange.positions)
             kept.in_flight.pop(exchange.head, None)
-            if rows is not None and self._kept.get(exchange.row) is kept:
-                self._install(exchange, kept, rows[start:end])
-            else:
-                is_whole = False
-                if not ok:
-                    kept.targets.pop(exchange.head, None)
-            start = end
-        if is_whole:
+            is_taken.append(not is_lost and self._kept.get(exchange.row) is kept)
+            if is_taken[-1]:
+                taken.append((exchange, kept))
+            elif is_lost:
+                kept.targets.pop(exchange.head, None)
+        if taken:
+            assert flight.landed is not None
+            rows = flight.landed.rows
+            if not all(is_taken):
+                mask = np.repeat(is_taken, [len(e.positions) for e in flight.exchanges])
+                rows = rows.index_select(0, to_device(np.flatnonzero(mask), rows.device))
+            self._install(taken, rows)
+        if all(is_taken):
             self.counters.installed += 1
         else:
             self.counters.dropped += 1
         self._store.client.finish(flight.ticket)
 
-    def _install(self, exchange: _Exchange, kept: KeptRows, rows: torch.Tensor) -> None:
-        where = torch.from_numpy(
-            self._blocks.row_addresses(exchange.row, exchange.head, exchange.slots)
-        )
+    def _install(self, exchanges: list[tuple[_Exchange, KeptRows]], rows: torch.Tensor) -> None:
+        blocks = self._blocks
+        where = np.concatenate([blocks.row_addresses(e.row, e.head, e.slots) for e, _ in exchanges])
+        positions = np.concatenate([e.positions for e, _ in exchanges])
         install_rows(
             rows.flatten(1),
-            where,
-            k_blocks=self._blocks.k,
-            v_blocks=self._blocks.v,
-            block_positions=self._blocks.positions,
-            positions=torch.from_numpy(exchange.positions.astype(np.int32)),
+            to_device(where, rows.device),
+            k_blocks=blocks.k,
+            v_blocks=blocks.v,
+            block_positions=blocks.positions,
+            positions=to_device(positions.astype(np.int32), rows.device),
         )
-        kept.positions[exchange.head][exchange.slots] = exchange.positions
+        for exchange, kept in exchanges:
+            kept.positions[exchange.head][exchange.slots] = exchange.positions
         self.counters.fetched_bytes += rows.numel() * rows.element_size()
         self.counters.installed_rows += len(rows)

@@ -82,6 +82,9 @@ class SizingRule:
         block_tokens: Rows of one block.
         context_tokens: Longest request, tokens.
         watched_bytes: Bytes of one token's watched keys, all pivots; 0 without a watch pool.
+        position_bytes: Bytes beside each row of the block pool that are counted with it.
+        device_bytes: Bytes of tables and buffers that lie on the pools' device beside the areas; 0
+            for CPU pools, whose tables are the host's anyway.
     """
 
     ratio: float
@@ -91,6 +94,8 @@ class SizingRule:
     block_tokens: int
     context_tokens: int
     watched_bytes: int = 0
+    position_bytes: int = 0
+    device_bytes: int = 0
 
     @property
     def block_rows_per_token(self) -> float:
@@ -104,11 +109,12 @@ class SizingRule:
     def bytes_per_token(self) -> int:
         """Bytes of a logical token, staging not included."""
         rows = self.num_planes + self.block_rows_per_token
-        return math.ceil(rows * self.row_bytes) + self.watched_bytes
+        position_bytes = self.block_rows_per_token * self.position_bytes
+        return math.ceil(rows * self.row_bytes + position_bytes) + self.watched_bytes
 
     def fixed_bytes(self) -> int:
-        """Bytes that do not grow with the tokens: staging for one longest prompt."""
-        return self.context_tokens * self.num_compressed * self.row_bytes
+        """Bytes that do not grow with the tokens: staging for one longest prompt, tables."""
+        return self.context_tokens * self.num_compressed * self.row_bytes + self.device_bytes
 
     def shape_for(self, num_tokens: int) -> PoolShape:
         """Sizes the areas for ``num_tokens`` logical tokens.

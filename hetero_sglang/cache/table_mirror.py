@@ -13,26 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hetero_sglang.cache.transfers import to_device
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hetero_sglang.cache.blocks import BlockPool
-
-
-def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A copy of an array on a device; the host does not wait, and may change the array at once.
-
-    On CUDA the copy goes through page-locked memory of torch's caching allocator, which gives a
-    piece out again only when the copy from it is done.
-
-    Args:
-        array: Any array.
-        device: Where to.
-    """
-    copied = torch.from_numpy(np.array(array))
-    if device.type != "cuda":
-        return copied.to(device)
-    return copied.pin_memory().to(device, non_blocking=True)
 
 
 class TableMirror:

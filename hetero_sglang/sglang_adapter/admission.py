@@ -156,6 +156,8 @@ class HeteroAllocator(TokenToKVPoolAllocator):
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> HeteroPrefillBudget:
         """Budget of one prefill pass."""
+        # Staging comes back when copies from it are done, also where nothing decodes meanwhile.
+        self.runtime.poll()
         return HeteroPrefillBudget(
             self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
         )

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import atexit
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hetero_sglang.cache.blocks import BlockPool
 from hetero_sglang.cache.host_store import HostStore
 from hetero_sglang.cache.staging import StagingPool
+from hetero_sglang.cache.transfers import Transfers
 from hetero_sglang.cache.watch import WatchPool
 from hetero_sglang.errors import ConfigError
-from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.prefill import ExtendSpan
+from hetero_sglang.runtime import HeteroRuntime
 from hetero_sglang.sglang_adapter.admission import HeteroAllocator
 from hetero_sglang.sglang_adapter.hooks import verify_hooks
 from hetero_sglang.sglang_adapter.memory_daemon import connect_memory_daemon
 from hetero_sglang.sglang_adapter.pool import HeteroKVPool
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,9 @@ class HeteroAttentionBackend(AttentionBackend):
                 forward_batch.seq_lens.long(),
                 forward_batch.out_cache_loc.long(),
             )
+        elif mode.is_extend() and not forward_batch.rids:
+            # Warm-ups and captures of SGLang's, which belong to no request.
+            self._spans = []
         elif mode.is_extend():
             rows = forward_batch.req_pool_indices.tolist()
             prefix = forward_batch.extend_prefix_lens.tolist()
@@ -132,6 +135,8 @@ class HeteroAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Attention of a prompt chunk, [num_tokens, num_q_heads * head_dim]."""
         self._check_layer(layer, save_kv_cache)
+        if not self._spans:
+            return q.new_zeros(q.shape[0], self._num_q_heads * self._head_dim)
         heads = self._by_head(q, k, v)
         out = self.runtime.extend_layer(layer.layer_id, *heads, self._spans, layer.scaling)
         return out.view(-1, self._num_q_heads * self._head_dim)
@@ -198,7 +203,8 @@ def _build_runtime(
     )
     store: HostStore | None = None
     if setup.config.retrieval != "off" and setup.tables.num_compressed:
-        daemon = connect_memory_daemon(setup, shape)
+        device = torch.device(pool.device)
+        daemon = connect_memory_daemon(setup, shape, device)
         atexit.register(daemon.close)
         store = HostStore(
             daemon.client,
@@ -207,6 +213,7 @@ def _build_runtime(
             head_dim=setup.head_dim,
             page_tokens=setup.config.page_tokens,
             dtype=setup.dtype,
+            transfers=None if device.type == "cpu" else Transfers(device),
         )
     watch: WatchPool | None = None
     if setup.config.has_watch_pool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from hetero_sglang.cache.memory import allocate_pool
-from hetero_sglang.errors import ResidencyError
+from hetero_sglang.errors import ConfigError, ResidencyError
 
 if TYPE_CHECKING:
     from hetero_sglang.cache.sizing import PoolShape
@@ -32,6 +32,11 @@ class HeteroKVPool(MHATokenToKVPool):
     shape: PoolShape
 
     def _create_buffers(self) -> None:
+        if self.post_capture_active:
+            raise ConfigError(
+                "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING resizes KV pools after CUDA graphs were "
+                "captured, which --kv-policy heterocache cannot follow; set it to 0"
+            )
         setup = self.setup
         self.shape = setup.rule.shape_for(self.size)
         dims = (setup.tables.num_planes, self.size + self.page_size, setup.head_dim)

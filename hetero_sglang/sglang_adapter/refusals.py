@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,11 @@ from hetero_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+UNTESTED_CUDA = "HETERO_SGLANG_UNTESTED_CUDA"
+"""Set to 1, it lets the policy start on a CUDA device, where nobody has run it yet."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,34 @@ def _above_one(name: str) -> Callable[[Any], bool]:
     return lambda args: (getattr(args, name, 1) or 1) > 1
 
 
+def _is_untested_cuda(args: Any) -> bool:
+    return str(getattr(args, "device", "cpu")) == "cuda" and os.environ.get(UNTESTED_CUDA) == "1"
+
+
+def _is_refused_device(args: Any) -> bool:
+    return str(getattr(args, "device", "cpu")) != "cpu" and not _is_untested_cuda(args)
+
+
+def _is_prefill_captured(args: Any) -> bool:
+    """Whether a graph holds the attention of prompts too; breakable ones leave it out."""
+    given = getattr(args, "cuda_graph_backend_prefill", None)
+    if str(getattr(args, "device", "cpu")) == "cuda":
+        prefill = getattr(getattr(args, "cuda_graph_config", None), "prefill", None)
+        given = getattr(prefill, "backend", given)
+    return given in ("full", "tc_piecewise")
+
+
 _OWN_TIER = "it moves KV of all heads of a token between tiers by itself"
 _ONE_RANK = "head roles are not split over ranks yet"
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--device",
-        lambda args: str(getattr(args, "device", "cpu")) != "cpu",
-        "the policy's kernels run on the CPU so far",
-        "use --device cpu (with SGLANG_USE_CPU_ENGINE=1) or serve without --kv-policy heterocache",
+        _is_refused_device,
+        "its path through CUDA is written but has not been run on a GPU yet, and there is none "
+        "for other devices",
+        "use --device cpu (with SGLANG_USE_CPU_ENGINE=1), serve without --kv-policy heterocache, "
+        f"or set {UNTESTED_CUDA}=1 to try it on a CUDA device",
     ),
     Refusal(
         "--speculative-algorithm",
@@ -139,6 +165,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _set("enable_torch_compile"),
         "the attention backend is not traceable",
     ),
+    Refusal(
+        "--cuda-graph-backend-prefill",
+        _is_prefill_captured,
+        "selection at the end of a prompt is host work too, which a graph does not hold",
+        "use --cuda-graph-backend-prefill breakable or disabled",
+    ),
     Refusal("--encoder-only", _set("encoder_only"), "there is no KV to keep"),
 )
 
@@ -159,6 +191,12 @@ def check_server_args(args: Any) -> None:
                 f"{refusal.flag} {value} does not go with --kv-policy heterocache: "
                 f"{refusal.reason}; {refusal.remedy}"
             )
+    if _is_untested_cuda(args):
+        logger.warning(
+            "%s=1: --kv-policy heterocache has not been run on a GPU yet; compare its answers with "
+            "stock SGLang's before you trust them",
+            UNTESTED_CUDA,
+        )
 
 
 def check_model_config(config: dict[str, Any]) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from hetero_kernels.triton_support import num_programs
+from hetero_sglang.cache.device_bytes import POSITION_BYTES, DeviceTables, transfer_bytes
 from hetero_sglang.cache.sizing import SizingRule
 from hetero_sglang.cache.watch import tables_for, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
@@ -12,10 +16,12 @@ from hetero_sglang.sglang_adapter.arguments import resolve_profile
 from hetero_sglang.sglang_adapter.refusals import check_model_config
 
 if TYPE_CHECKING:
-    import torch
-
     from hetero_sglang.policy.roles import RoleTables
     from hetero_sglang.profile import HeadProfile
+
+_EXTRA_TABLE_TOKENS = 4
+"""By which SGLang makes rows of its request table longer than the context
+(``get_req_to_token_extra_context_len``)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,35 @@ def heads_of(config: HeteroConfig, profile: HeadProfile, item_bytes: int) -> Rol
     return tables
 
 
+def _device_bytes(
+    configurator: Any, config: HeteroConfig, tables: RoleTables, row_bytes: int
+) -> int:
+    """Bytes that the policy needs on the device beside its KV areas."""
+    model = configurator.model_config
+    held = DeviceTables(
+        # SGLang never lets more run than was asked for, and row 0 is padding.
+        num_rows=configurator.server_args.max_running_requests + 1,
+        table_tokens=model.context_len + _EXTRA_TABLE_TOKENS,
+        num_kv_heads=tables.num_kv_heads,
+        num_compressed=tables.num_compressed,
+        num_pivots=tables.num_pivots if config.is_watching else 0,
+        group_size=model.num_attention_heads // tables.num_kv_heads,
+        head_dim=model.head_dim,
+        item_bytes=configurator.kv_cache_dtype.itemsize,
+        block_tokens=config.block_tokens,
+        drift_interval=config.drift_interval,
+        num_programs=num_programs(torch.device(configurator.device)),
+    )
+    if config.retrieval == "off" or not tables.num_compressed:
+        return held.total_bytes
+    return held.total_bytes + transfer_bytes(
+        num_compressed=tables.num_compressed,
+        row_bytes=row_bytes,
+        page_tokens=config.page_tokens,
+        landing_rows=config.landing_rows,
+    )
+
+
 _cache: dict[int, Setup] = {}
 
 
@@ -90,14 +125,18 @@ def setup_for(configurator: Any) -> Setup:
     key_bytes = 0
     if config.has_watch_pool:
         key_bytes = watched_key_bytes(config.watch_dtype, model.head_dim, dtype.itemsize)
+    row_bytes = 2 * model.head_dim * dtype.itemsize
+    is_on_device = torch.device(configurator.device).type != "cpu"
     rule = SizingRule(
         ratio=config.ratio,
         num_planes=tables.num_planes,
         num_compressed=tables.num_compressed,
-        row_bytes=2 * model.head_dim * dtype.itemsize,
+        row_bytes=row_bytes,
         block_tokens=config.block_tokens,
         context_tokens=model.context_len,
         watched_bytes=key_bytes * tables.num_pivots,
+        position_bytes=POSITION_BYTES if is_on_device else 0,
+        device_bytes=_device_bytes(configurator, config, tables, row_bytes) if is_on_device else 0,
     )
     setup = Setup(
         config=config,

@@ -23,8 +23,9 @@ from hetero_sglang.cache.staging import StagingPool
 from hetero_sglang.cache.watch import WatchPool, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.prefill import ExtendSpan
 from hetero_sglang.profile import load_profile
-from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.runtime import HeteroRuntime
 from hetero_sglang.simulation.engine import Simulation, Trace, prefill
 from hetero_sglang.simulation.method import ANCHOR, PIVOT, SATELLITE, VOLATILE, Method, Profile
 from memd.protocol import KVLayout

@@ -20,8 +20,9 @@ from hetero_sglang.cache.staging import StagingPool
 from hetero_sglang.cache.watch import WatchPool, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.policy.roles import build_role_tables
+from hetero_sglang.prefill import ExtendSpan
 from hetero_sglang.profile import HeadProfile, HeadRole, ModelShape, Thresholds
-from hetero_sglang.runtime import ExtendSpan, HeteroRuntime
+from hetero_sglang.runtime import HeteroRuntime
 from memd.protocol import KVLayout
 from memd.testing import FakeMemd
 
@@ -62,6 +63,16 @@ class Request:
 
 
 class Machine(RuleBasedStateMachine):
+    # Where the pools lie; requests' K and V are kept on the CPU.
+    device = "cpu"
+    # Copies between the pools' device and memd; None: at once.
+    transfers = None
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether a prompt is on its way to memd, or has arrived and nobody has looked."""
+        return self.store is not None and len(self.store._storing) > 0
+
     @initialize(
         retrieval=st.sampled_from(["async", "sync", "off"]),
         variant=st.sampled_from(VARIANTS),
@@ -97,7 +108,7 @@ class Machine(RuleBasedStateMachine):
                 head_dim=DIM,
                 watch_dtype=watch_dtype,
                 dtype=torch.float32,
-                device="cpu",
+                device=self.device,
             )
         blocks = BlockPool(
             num_blocks=num_heads * (CONTEXT // 4 + 1) * ROWS,
@@ -107,7 +118,7 @@ class Machine(RuleBasedStateMachine):
             num_compressed=num_heads,
             context_tokens=CONTEXT,
             dtype=torch.float32,
-            device="cpu",
+            device=self.device,
         )
         self.memd = FakeMemd.create(
             KVLayout(num_heads=num_heads, head_dim=DIM, dtype="float32", page_tokens=8),
@@ -124,17 +135,20 @@ class Machine(RuleBasedStateMachine):
                 head_dim=DIM,
                 page_tokens=8,
                 dtype=torch.float32,
+                transfers=self.transfers,
             )
         )
-        self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32)
-        resident = torch.full((self.tables.num_planes, TOKENS + 1, DIM), float("nan"))
+        self.req_to_token = torch.zeros(ROWS, CONTEXT, dtype=torch.int32, device=self.device)
+        resident = torch.full(
+            (self.tables.num_planes, TOKENS + 1, DIM), float("nan"), device=self.device
+        )
         self.runtime = HeteroRuntime(
             tables=self.tables,
             config=config,
             k_resident=resident,
             v_resident=resident.clone(),
             blocks=blocks,
-            staging=StagingPool(num_heads, 3 * CONTEXT, DIM, torch.float32, "cpu"),
+            staging=StagingPool(num_heads, 3 * CONTEXT, DIM, torch.float32, self.device),
             store=self.store,
             watch=self.watch,
             req_to_token=self.req_to_token,
@@ -185,7 +199,8 @@ class Machine(RuleBasedStateMachine):
             k, v = self.random(count, HEADS, DIM), self.random(count, HEADS, DIM)
             request.k[layer] = torch.cat([request.k[layer], k.transpose(0, 1)], 1)
             request.v[layer] = torch.cat([request.v[layer], v.transpose(0, 1)], 1)
-            out = self.runtime.extend_layer(layer, q, k, v, spans, SCALE)
+            there = [tensor.to(self.device) for tensor in (q, k, v)]
+            out = self.runtime.extend_layer(layer, *there, spans, SCALE).cpu()
             for i in range(count):
                 self.compare(request, layer, q[i], out[i], start + i + 1, None)
         request.done = end
@@ -221,7 +236,7 @@ class Machine(RuleBasedStateMachine):
     def kept(self, request: Request) -> list[np.ndarray]:
         """Kept positions as the block pool has them, by compressed head."""
         blocks = self.runtime.blocks
-        flat = blocks.positions.numpy().reshape(-1)
+        flat = blocks.positions.cpu().numpy().reshape(-1)
         return [
             flat[
                 blocks.row_addresses(
@@ -293,16 +308,35 @@ class Machine(RuleBasedStateMachine):
                 exact = request.k[layer][1, : len(ids)]
                 keys = self.watch.keys
                 held = (
-                    keys[layer, ids]
+                    keys[layer, ids.to(self.device)]
                     if isinstance(keys, torch.Tensor)
-                    else keys.dequantize(layer, ids)
-                )
+                    else keys.dequantize(layer, ids.to(self.device))
+                ).cpu()
                 largest = exact.abs().amax(-1, keepdim=True)
                 error = bound[self.runtime.config.watch_dtype] * largest + exact.abs() / 256
                 if self.runtime.config.watch_dtype == "model":
                     assert torch.equal(held, exact)
                 else:
                     assert torch.all((held - exact).abs() <= error)
+
+    def has_its_rows_in_memd(self, row: int) -> bool:
+        """Whether memd has K and V of all compressed heads of a prompt, bit for bit."""
+        request = self.live[row]
+        positions = np.arange(request.prompt_len)
+        rows = torch.from_numpy(self.memd.pages).view(torch.float32).view(-1, 2, DIM)
+        for layer, heads in enumerate(self.tables.layers):
+            for index, head in enumerate(heads.compressed.tolist()):
+                where = self.store.row_indices(row, heads.first_compressed + index, positions)
+                for side, given in enumerate((request.k[layer], request.v[layer])):
+                    if not torch.equal(rows[where, side], given[head, : request.prompt_len]):
+                        return False
+        return True
+
+    @invariant()
+    def what_can_be_fetched_is_the_prompts(self) -> None:
+        if self.store is not None and self.store.is_available:
+            for row in self.live:
+                assert not self.store.is_ready(row) or self.has_its_rows_in_memd(row)
 
     @invariant()
     def pools_agree(self) -> None:
@@ -311,7 +345,7 @@ class Machine(RuleBasedStateMachine):
         assert state["requests"]["prefill"] == sum(r.in_prefill for r in self.live.values())
         if not self.live:
             assert state["areas"]["blocks"]["used_bytes"] == 0
-            assert state["areas"]["staging"]["used_bytes"] == 0
+            assert self.is_copying or state["areas"]["staging"]["used_bytes"] == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "runtime"):
@@ -319,9 +353,11 @@ class Machine(RuleBasedStateMachine):
         self.flush()
         self.memd.resume()
         if self.store is not None:
+            self.store.wait_stored()
             self.store.poll()
-            self.runtime._retrieval.install_landed()
-            self.runtime._retrieval.install_landed()
+            assert self.runtime.staging.extents.used == 0
+            self.runtime._retrieval.install_landed(wait=True)
+            self.runtime._retrieval.install_landed(wait=True)
             if self.memd.is_alive:
                 self.memd.check_integrity()
                 self.store.poll()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hetero_sglang.cache.blocks import BlockPool
-from hetero_sglang.cache.table_mirror import TableMirror, to_device
+from hetero_sglang.cache.table_mirror import TableMirror
+from hetero_sglang.cache.transfers import to_device
 
 ROWS, HEADS, BLOCK, CONTEXT = 5, 3, 4, 40
 

@@ -112,10 +112,11 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
 
 
 ON: dict[str, object] = {
-    "--device": "cuda",
+    "--device": "xpu",
     "--disaggregation-mode": "prefill",
     "--kv-cache-dtype": "fp8_e4m3",
     "--page-size": 16,
+    "--cuda-graph-backend-prefill": "full",
     "--kv-canary": "log",
     "--speculative-algorithm": "EAGLE",
     "--dllm-algorithm": "x",
@@ -132,6 +133,47 @@ def test_each_refusal_applies_and_names_flag_value_and_remedy(refusal: refusals.
     with pytest.raises(ConfigError, match=re.escape(f"{refusal.flag} {value} does not go")) as e:
         refusals.check_server_args(args)
     assert refusal.remedy in str(e.value)
+
+
+@pytest.mark.parametrize("given", ["", "0", "yes"])
+def test_a_gpu_is_refused_with_what_lets_one_try(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("HETERO_SGLANG_UNTESTED_CUDA", given)
+    with pytest.raises(ConfigError, match=r"--device cuda does not go.*not been run on a GPU") as e:
+        refusals.check_server_args(SimpleNamespace(device="cuda"))
+    assert "HETERO_SGLANG_UNTESTED_CUDA=1" in str(e.value)
+
+
+def test_who_tries_a_gpu_is_warned_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HETERO_SGLANG_UNTESTED_CUDA", "1")
+    refusals.check_server_args(SimpleNamespace(device="cuda"))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "has not been run on a GPU" in caplog.text
+    # What is refused elsewhere is refused there too, and no other device is let through.
+    with pytest.raises(ConfigError, match="--tp-size 2"):
+        refusals.check_server_args(SimpleNamespace(device="cuda", tp_size=2))
+    with pytest.raises(ConfigError, match="--device xpu"):
+        refusals.check_server_args(SimpleNamespace(device="xpu"))
+
+
+def test_prefill_graphs_that_sglang_chose_by_itself_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HETERO_SGLANG_UNTESTED_CUDA", "1")
+
+    def args(device: str, backend: str) -> SimpleNamespace:
+        chosen = SimpleNamespace(prefill=SimpleNamespace(backend=backend))
+        return SimpleNamespace(device=device, cuda_graph_config=chosen)
+
+    with pytest.raises(ConfigError, match="--cuda-graph-backend-prefill"):
+        refusals.check_server_args(args("cuda", "full"))
+    refusals.check_server_args(args("cuda", "breakable"))
+    refusals.check_server_args(args("cuda", "disabled"))
+    # On the CPU nothing is captured, whatever is written there.
+    refusals.check_server_args(args("cpu", "full"))
 
 
 def test_refused_flags_exist_in_sglang() -> None:

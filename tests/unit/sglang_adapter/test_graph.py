@@ -186,6 +186,27 @@ def test_an_eager_batch_takes_the_same_way_and_a_dummy_one_is_padding(
     assert tables.seq_lens[0] == 10
 
 
+def test_a_prompt_of_nobody_writes_nothing(machine: CapturedMachine) -> None:
+    machine.admit(prompt_len=9, chunk=9)
+    backend, before = machine.runner.backend, [pool.clone() for pool in machine.pools()]
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        req_pool_indices=torch.tensor([0]),
+        extend_prefix_lens=torch.tensor([0]),
+        extend_seq_lens=torch.tensor([7]),
+        rids=None,
+    )
+    backend.init_forward_metadata(batch)
+    q = torch.ones(7, eager.HEADS * eager.GROUP * eager.DIM)
+    kv = torch.ones(7, eager.HEADS * eager.DIM)
+    out = backend.forward_extend(q, kv, kv, machine.runner.layers[0], batch)
+    assert torch.equal(out, torch.zeros_like(q))
+    for pool, untouched in zip(machine.pools(), before, strict=True):
+        assert torch.equal(pool.view(torch.uint8), untouched.view(torch.uint8))
+    machine.pools_agree()
+
+
 @pytest.mark.parametrize("num_let_through", [0, 1], ids=["overlaps", "scores"])
 def test_mail_about_a_request_that_has_ended_moves_nothing(num_let_through: int) -> None:
     machine = CapturedMachine()
