@@ -105,14 +105,15 @@ inline int64_t keep_between(uint32_t* values, int64_t count, uint32_t low, uint3
   return kept;
 }
 
-// The k-th best (k >= 1) of `count` ordered values that agree in the upper 11 bits.
-inline Cut find_cut_below(const uint32_t* values, int64_t count, int64_t k, uint32_t* bins) {
+// The k-th best (k >= 1) of `count` ordered values that agree in the upper 11 bits; they are lost.
+inline Cut find_cut_below(uint32_t* values, int64_t count, int64_t k, uint32_t* bins) {
   uint32_t prefix = values[0] & ~((1u << 21) - 1);
   memset(bins, 0, kBins * sizeof(uint32_t));
   for (int64_t i = 0; i < count; ++i) ++bins[(values[i] >> 10) & 2047];
   prefix |= static_cast<uint32_t>(find_bin(bins, kBins, &k)) << 10;
+  count = keep_between(values, count, prefix, prefix | 1023u);
   memset(bins, 0, 1024 * sizeof(uint32_t));
-  for (int64_t i = 0; i < count; ++i) bins[values[i] & 1023] += (values[i] >> 10) == (prefix >> 10);
+  for (int64_t i = 0; i < count; ++i) ++bins[values[i] & 1023];
   prefix |= static_cast<uint32_t>(find_bin(bins, 1024, &k));
   return {prefix, k};
 }
