@@ -86,24 +86,25 @@ def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    console = Console(width=130)
+    console = Console(width=150)
     before = machine.read_bandwidth_gb_s()
     measured = list(rows(options))
     # Again afterwards: the better one is what the memory can do.
     bandwidth = max(before, machine.read_bandwidth_gb_s())
     table = Table(title=f"{name} ({native_status()}, {options.threads} threads)")
     others = list(dict.fromkeys(name for row in measured for name in row.others_us))
-    against = [text for name in ("torch", *others) for text in (f"{name} us", "ratio")]
-    for column in ("case", "dtype", "native us", *against, "GB/s", "of memory", "GFLOP/s"):
+    if any(row.torch_us for row in measured):
+        others.insert(0, "torch")
+    for column in ("case", "dtype", "native us", *_columns(others), "GB/s", "of memory", "GFLOP/s"):
         table.add_column(column, justify="left" if column in ("case", "dtype") else "right")
     for row in measured:
         speed = row.num_bytes / row.native_us / 1e3
+        times = {"torch": row.torch_us, **row.others_us}
         table.add_row(
             row.case,
             row.dtype,
             f"{row.native_us:,.1f}",
-            *_against(row.torch_us, row.native_us),
-            *(cell for name in others for cell in _against(row.others_us.get(name), row.native_us)),
+            *(cell for name in others for cell in _against(times.get(name), row.native_us)),
             f"{speed:.1f}" if row.num_bytes else "",
             f"{speed / bandwidth:.0%}" if row.num_bytes else "",
             f"{row.num_flops / row.native_us / 1e3:.0f}" if row.num_flops else "",
@@ -118,6 +119,10 @@ def main(name: str, rows: Callable[[argparse.Namespace], Iterator[Row]]) -> None
         "rows": [asdict(row) for row in measured],
     }
     console.print(f"written: {results.save(f'ops-{name}', report, options.out)}")
+
+
+def _columns(others: list[str]) -> list[str]:
+    return [text for name in others for text in (f"{name} us", "ratio")]
 
 
 def _against(other_us: float | None, native_us: float) -> tuple[str, str]:

@@ -390,13 +390,17 @@ def print_tables(report: dict[str, Any], options: argparse.Namespace) -> None:
         if len(options.contexts) > 1:
             context = sides["context"]
             costs = context["cost_ms"]
-            ratio = costs["stock"] / costs["policy"] if costs["policy"] > 0 else math.inf
+            # A cost that drowns in the spread of two medians has no ratio.
+            is_measurable = costs["policy"] > 0
+            ratio = (
+                f"{costs['stock'] / costs['policy']:.2f}x" if is_measurable else "not measurable"
+            )
             table.add_section()
             table.add_row(
                 f"{context['to']} - {context['from']}",
                 f"{costs['stock']:.1f}",
                 f"{costs['policy']:.1f}",
-                f"{ratio:.2f}x",
+                ratio,
                 f"floor {context['floor_ms']:.1f}",
                 *(f"{costs[side]:.1f}" for side in others),
             )
