@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from hetero_kernels import triton_support
 from hetero_sglang.errors import ConfigError, ResidencyError
 from hetero_sglang.sglang_adapter.graph import GraphAttentionBackend
 from tests.captured_machine import CapturedMachine
+from tests.compared_machines import Logged, assert_same_steps, drive
 from tests.property.cache import test_runtime as eager
 
 if TYPE_CHECKING:
@@ -35,19 +35,6 @@ HOOKS = (
 )
 
 
-class Logged(eager.Machine):
-    """The eager runtime; notes what attention gave in decode steps."""
-
-    def begin(self, retrieval: str, variant: tuple[str, str, int], seed: int) -> None:
-        eager.Machine.start(self, retrieval=retrieval, variant=variant, seed=seed)
-
-    def compare(self, request: Any, layer: int, q: Any, out: Any, seq_len: int, kept: Any) -> None:
-        if kept is not None:
-            log = self.__dict__.setdefault("log", [])
-            log.append(((request.row, seq_len, layer), out.clone()))
-        super().compare(request, layer, q, out, seq_len, kept)
-
-
 class Captured(Logged, CapturedMachine):
     """Recorded launches, replayed; the same notes."""
 
@@ -62,23 +49,6 @@ def machine() -> Iterator[CapturedMachine]:
     machine.begin("off", eager.VARIANTS[0], 0)
     yield machine
     machine.teardown()
-
-
-def drive(machine: Any, seed: int) -> None:
-    """Admissions, steps and ends, the same for the same seed."""
-    rng = random.Random(seed)
-    for _ in range(15):
-        action = rng.random()
-        if not machine.live or (action < 0.35 and len(machine.live) < eager.ROWS - 1):
-            length = rng.randint(1, 40)
-            machine.admit(prompt_len=length, chunk=rng.choice([length, 7]))
-            while any(r.in_prefill for r in machine.live.values()):
-                machine.go_on(chunk=rng.randint(5, 40))
-        elif action < 0.45:
-            machine.end(which=rng.randrange(4))
-        else:
-            machine.decode(steps=rng.randint(2, 5))
-        machine.pools_agree()
 
 
 @pytest.mark.slow
@@ -99,20 +69,7 @@ def drive(machine: Any, seed: int) -> None:
 def test_replayed_launches_give_the_eager_backends_tokens(
     retrieval: str, variant: tuple[str, str, int]
 ) -> None:
-    machines: list[Any] = [Logged(), Captured()]
-    for machine in machines:
-        machine.begin(retrieval, variant, 5)
-        drive(machine, 3)
-    eagerly, captured = (machine.log for machine in machines)
-    assert len(eagerly) > 100
-    assert [key for key, _ in eagerly] == [key for key, _ in captured]
-    for (key, expected), (_, out) in zip(eagerly, captured, strict=True):
-        torch.testing.assert_close(out, expected, rtol=0, atol=2e-5, msg=str(key))
-    drifts = [machine.runtime.drift for machine in machines]
-    assert drifts[0] == drifts[1]
-    assert (drifts[0].events > 0) == (retrieval != "off")
-    for machine in machines:
-        machine.teardown()
+    assert_same_steps(Captured(), retrieval, variant, rtol=0)
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -242,8 +199,8 @@ def test_what_is_made_outside_of_inference_mode_serves_inside_and_back() -> None
     machine = CapturedMachine()
     machine.begin("async", ("budget", "int8", 4), 2)
     with torch.inference_mode():
-        drive(machine, 4)
-    drive(machine, 5)
+        drive(machine, 4, 15)
+    drive(machine, 5, 15)
     machine.teardown()
 
 
