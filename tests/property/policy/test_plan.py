@@ -57,8 +57,9 @@ def test_a_refresh_brings_the_best_and_drops_the_worst_of_what_was_held(
     case: tuple[np.ndarray, np.ndarray, int], share: float, seed: int
 ) -> None:
     _, held, num_tokens = case
-    # Few different values, so that there are ties.
-    scores = np.random.default_rng(seed).integers(0, 9, num_tokens).astype(np.float32)
+    # Few different values, so that there are ties; infinite ones are those of protected positions.
+    scores = np.random.default_rng(seed).integers(-4, 5, num_tokens).astype(np.float32)
+    scores[scores == 4] = np.inf
     ranking = sorted(range(num_tokens), key=lambda p: (-scores[p], p))
     best = np.array(ranking[: int(share * len(held))], dtype=int)
     target = refresh_target(best, held, scores)
