@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -76,12 +77,15 @@ def _watch(address: str | None, interval_s: float) -> None:
 
     console = Console(highlight=False)
     before: dict[int, Sample] = {}
+    # Ignored in what a script starts in the background; who looks at a terminal wants to leave.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         contextlib.suppress(KeyboardInterrupt),
         _single_keys(),
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
-        while True:
+        # A terminal that was closed is none any more.
+        while sys.stdout.isatty():
             now = _samples(address)
             live.update(_frames(before, now) if now else Text(nobody_there(address)), refresh=True)
             before = now
