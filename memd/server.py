@@ -295,7 +295,7 @@ class Server:
         # Unroutable and blocked replies are errors to be counted here, instead of being dropped
         # inside.
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # Of a connection that claims another's name libzmq (4.3.5) keeps 12 KiB for ever. With
+        # Of a connection that claims another's name libzmq (4.3.5) keeps 35 KiB for ever. With
         # ROUTER_HANDOVER it now and then keeps a descriptor instead, and there are fewer of those.
         # Names that it gives itself cannot be claimed.
         # The service refuses long frames with a reply; far longer ones end the connection unread.
