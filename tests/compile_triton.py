@@ -41,8 +41,8 @@ from hetero_kernels.testing import make_decode_case
 
 DTYPE = torch.bfloat16
 G, D = 4, 128
-# What is compiled now: at the model's shape; what shall only compile; calls of one shape whose
-# lengths differ.
+# What is compiled now: at the model's shape; what shall only compile; or, with the name of a group
+# of calls, those calls at one of several lengths.
 phase = "model"
 
 
@@ -215,22 +215,49 @@ def edges() -> None:
 
 def lengths() -> None:
     """Calls as they follow each other in a server: numbers divisible by 16, odd ones and 1."""
+    global phase
     keys = torch.zeros(1, 400, D, dtype=DTYPE)
     pool = QuantizedKeys(
         torch.zeros(1, 400, D, dtype=torch.int8), torch.zeros(1, 400, 1, dtype=torch.bfloat16)
     )
     blocks = torch.zeros(20, 16, D, dtype=DTYPE)
     for num_new, prefix_len in ((128, 64), (127, 63), (129, 1), (256, 0)):
+        phase = f"chunks/{num_new} after {prefix_len}"
         total = num_new + prefix_len
         q, slots = torch.zeros(num_new, G, D, dtype=DTYPE), torch.arange(total)
         options = {"prefix_len": prefix_len, "scale": 0.1, "slots": slots.int()}
         extend_attention(q, keys, keys, **options, impl="triton")
         quantize_keys(keys[:, :total], pool, slice(0, 1), slots, impl="triton")
     for count in (1, 16, 17):
+        phase = f"rows/{count}"
         index, rows = torch.arange(count), torch.zeros(count, 2 * D, dtype=DTYPE)
         gather_rows(blocks.view(-1, D), index, impl="triton")
         install_rows(rows, index, k_blocks=blocks, v_blocks=blocks.clone(), impl="triton")
+    slots_of = torch.zeros(4, 131_072, dtype=torch.int32)
+    # Rows of scores that begin at multiples of 16 are loaded as vectors; these here do not.
+    for length, count in ((9_001, 4_500), (131, 1), (120_007, 48_003), (45, 16)):
+        phase = f"prompts/{length}"
+        queries = torch.zeros(2, 32, G, D, dtype=DTYPE)
+        long = torch.zeros(2, length, D, dtype=DTYPE)
+        scores = window_scores(queries, long, 0.1, impl="triton")
+        top_positions(scores, count, impl="triton")
+        top_bits(scores, count, length // 32 + 1, impl="triton")
+        kept = torch.arange(count).int().repeat(2, 1)
+        plan_delta(kept, kept[:, : count // 2 + 1], length, room=count, impl="triton")
+        topk_overlap(
+            torch.zeros(2, 5, G, D, dtype=DTYPE),
+            keys=long,
+            planes=torch.arange(2, dtype=torch.int32),
+            req_to_token=slots_of,
+            rows=torch.zeros(2, dtype=torch.int64),
+            prompt_lens=torch.full((2,), length, dtype=torch.int32),
+            top_k=torch.full((2,), count, dtype=torch.int32),
+            reference=torch.zeros(2, length // 32 + 1, dtype=torch.int32),
+            scale=0.1,
+            impl="triton",
+        )
     for num_reqs in (9, 15, 16):
+        phase = f"batches/{num_reqs}"
         case = make_decode_case(
             prompt_lens=[2] * num_reqs,
             kept_lens=[[1]] * num_reqs,
@@ -253,5 +280,4 @@ if __name__ == "__main__":
     extend()
     phase = "edges"
     edges()
-    phase = "lengths"
     lengths()

@@ -18,14 +18,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
 DEFAULT_OUT_DIR = Path(__file__).parent / "_native"
 
 # Best first. Any other architecture gets one library for what its compiler targets by default.
-LEVELS: dict[str, tuple[str, ...]] = {"x86_64": ("x86-64-v4", "x86-64-v3", "x86-64")}
+LEVELS: dict[str, tuple[str, ...]] = {
+    "x86_64": ("x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64")
+}
 GENERIC_LEVEL = "generic"
+
+# What selects a level where its name is not an architecture's.
+_LEVEL_OPTIONS = {
+    "x86-64-v4-bf16": ("-march=x86-64-v4", "-mavx512bf16"),
+    GENERIC_LEVEL: (),
+}
 
 FLAGS = (
     "-std=c++17",
@@ -59,7 +68,7 @@ def library_name(level: str) -> str:
 
 def source_digest(source_dir: Path = SOURCE_DIR) -> str:
     """Digest of all C++ sources and flags; it is compiled in, to notice stale builds."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256(repr((FLAGS, sorted(_LEVEL_OPTIONS.items()))).encode())
     for path in sorted(source_dir.iterdir()):
         if path.suffix in {".cpp", ".h"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -101,15 +110,23 @@ def build(out_dir: Path | None = None) -> list[Path]:
     compiler = find_compiler()
     digest = source_digest()
     sources = sorted(str(path) for path in SOURCE_DIR.glob("*.cpp"))
+    wanted = levels()
+
+    def compile_level(level: str, made: Path) -> subprocess.CompletedProcess[str]:
+        options = _LEVEL_OPTIONS.get(level, (f"-march={level}",))
+        define = f'-DHK_SOURCE_DIGEST="{digest}"'
+        command = [*compiler, *FLAGS, *options, define, *sources, "-o", str(made)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
     built: list[Path] = []
     failures: list[str] = []
-    with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-        for level in levels():
-            made = Path(scratch) / library_name(level)
-            march = [] if level == GENERIC_LEVEL else [f"-march={level}"]
-            define = f'-DHK_SOURCE_DIGEST="{digest}"'
-            command = [*compiler, *FLAGS, *march, define, *sources, "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with (
+        tempfile.TemporaryDirectory(dir=out_dir) as scratch,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
+        files = [Path(scratch) / library_name(level) for level in wanted]
+        compiled = pool.map(compile_level, wanted, files)
+        for level, made, done in zip(wanted, files, compiled, strict=True):
             if done.returncode != 0:
                 failures.append(f"{level}: {done.stderr.strip()[-2000:]}")
                 continue

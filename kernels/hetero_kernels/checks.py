@@ -56,6 +56,29 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"head_dim must be a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Require that tensors lie on the device of the first."""
+    (first, like), *others = tensors.items()
+    assert like is not None
+    for name, tensor in others:
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{name} must be on {like.device} like {first}, got {tensor.device}: move it there"
+            )
+
+
+def check_count(rule: str, count: int, least: int = 1) -> None:
+    """Require a number that is large enough."""
+    if count < least:
+        raise ValueError(f"{rule} must be at least {least}, got {count}")
+
+
+def check_scale(scale: float) -> None:
+    """Require a factor on products that keeps their order."""
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+
+
 def check_same(rule: str, *values: object) -> None:
     """Require that all values are equal."""
     if any(value != values[0] for value in values[1:]):

@@ -85,7 +85,13 @@ class DecodeLayer:
                     *(k.shape, k_strides, k.dtype, v.shape, v_strides, v.dtype),
                     *(q.shape, q_strides, q.dtype),
                 )
-            if batch.token_ids is None or k.shape[0] != batch.size or key not in self._known:
+            is_here = k.is_cpu and v.is_cpu and batch.is_cpu and (q is None or q.is_cpu)
+            if (
+                not is_here
+                or batch.token_ids is None
+                or k.shape[0] != batch.size
+                or key not in self._known
+            ):
                 check_new_rows(k, v, q, self.tensors, batch)
                 self._known.add(key)
             self._append(
@@ -125,7 +131,8 @@ class DecodeLayer:
         if self.impl == "native":
             shape, q_strides, out_strides = q.shape, q.stride(), out.stride()
             key = (shape, q_strides, out_strides, q.dtype, out.shape, out.dtype)
-            if shape[0] != batch.size or key not in self._known:
+            is_here = q.is_cpu and out.is_cpu and batch.is_cpu
+            if not is_here or shape[0] != batch.size or key not in self._known:
                 check_queries(q, out, self.tensors, batch)
                 self._known.add(key)
             self._attend(

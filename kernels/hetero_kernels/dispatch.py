@@ -25,8 +25,13 @@ Impl = Literal["auto", "native", "triton", "torch", "reference"]
 Resolved = Literal["native", "triton", "torch", "reference"]
 
 
-def resolve(impl: Impl, device: torch.device) -> Resolved:
+def resolve(impl: Impl, device: torch.device, *, has_native: bool = True) -> Resolved:
     """Turn ``impl`` into what runs for tensors on ``device``.
+
+    Args:
+        impl: What is asked for.
+        device: Of the tensors.
+        has_native: Whether the operation has compiled kernels.
 
     Raises:
         ValueError: ``impl`` is not one of the five, or what is asked for is not available.
@@ -35,8 +40,11 @@ def resolve(impl: Impl, device: torch.device) -> Resolved:
         if device.type == "cuda" and triton_support.is_installed():
             triton_support.require(device)
             return "triton"
-        return "native" if device.type == "cpu" and native.library() is not None else "torch"
+        is_native = has_native and device.type == "cpu" and native.library() is not None
+        return "native" if is_native else "torch"
     if impl == "native":
+        if not has_native:
+            raise ValueError("this operation has no impl='native'; auto takes torch on CPU tensors")
         if device.type != "cpu":
             raise ValueError(f"impl='native' runs on CPU tensors, got {device}")
         if native.library() is None:

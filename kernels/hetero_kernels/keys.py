@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
+from hetero_kernels.checks import check_dense_rows, check_devices, check_dtype, check_shape
 from hetero_kernels.quantize_keys.format import QuantizedKeys
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ def check_keys(name: str, keys: Tensor | QuantizedKeys, queries: Tensor) -> None
         queries: [..., D].
 
     Raises:
-        ValueError: Dtype, head dimension or stride do not fit.
+        ValueError: Dtype, head dimension, stride or device do not fit.
     """
     head_dim = queries.shape[-1]
+    data = keys.data if isinstance(keys, QuantizedKeys) else keys
+    check_devices(**{"queries": queries, name: data})
     if isinstance(keys, QuantizedKeys):
         if keys.head_dim != head_dim:
             raise ValueError(f"{name} must have head_dim {head_dim}, got {keys.head_dim}")

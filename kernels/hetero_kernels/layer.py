@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels.checks import (
+    check_count,
     check_dense_rows,
+    check_devices,
     check_dtype,
     check_float,
     check_head_dim,
@@ -58,7 +60,7 @@ class LayerTensors:
         pivot_map: Pivot index of each KV head or -1, int32 [num_kv_heads].
 
     Raises:
-        ValueError: A shape, dtype, stride or the head map is not as described.
+        ValueError: A shape, dtype, stride, device or the head map is not as described.
     """
 
     k_resident: Tensor
@@ -81,6 +83,22 @@ class LayerTensors:
         check_shape("k_blocks", self.k_blocks, (None, None, None))
         head_dim = self.head_dim
         check_head_dim(head_dim)
+        check_count("group_size", self.group_size)
+        check_count("block_tokens (the second dimension of k_blocks)", self.block_tokens)
+        check_devices(
+            k_blocks=self.k_blocks,
+            v_blocks=self.v_blocks,
+            k_resident=self.k_resident,
+            v_resident=self.v_resident,
+            block_table=self.block_table,
+            kept_lens=self.kept_lens,
+            prompt_lens=self.prompt_lens,
+            head_map=self.head_map,
+            req_to_token=self.req_to_token,
+            block_positions=self.block_positions,
+            pivot_queries=self.pivot_queries,
+            pivot_map=self.pivot_map,
+        )
         check_shape("k_resident", self.k_resident, (None, None, head_dim))
         for keys, values, name in (
             (self.k_resident, self.v_resident, "resident"),
@@ -233,13 +251,16 @@ class DecodeBatch:
         token_ids: Token slot of the new token, int64 [B]; only appending needs it.
 
     Raises:
-        ValueError: A dtype or shape is not as described, or a tensor is not contiguous.
+        ValueError: A dtype or shape is not as described, a tensor is not contiguous, or they lie on
+            several devices.
     """
 
-    __slots__ = ("_struct", "address", "rows", "seq_lens", "size", "token_ids")
+    __slots__ = ("_struct", "address", "is_cpu", "rows", "seq_lens", "size", "token_ids")
 
     def __init__(self, rows: Tensor, seq_lens: Tensor, token_ids: Tensor | None = None) -> None:
         self.size = rows.shape[0]
+        self.is_cpu = rows.is_cpu
+        check_devices(rows=rows, seq_lens=seq_lens, token_ids=token_ids)
         for name, tensor in (("rows", rows), ("seq_lens", seq_lens), ("token_ids", token_ids)):
             if tensor is not None:
                 check_dtype(name, tensor, torch.int64)

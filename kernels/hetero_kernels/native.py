@@ -29,8 +29,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Names in /proc/cpuinfo that stand for an instruction level (a few of each suffice: no processor
 # has them without the rest).
+_V4_FLAGS = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _LEVEL_FLAGS = {
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v4-bf16": {*_V4_FLAGS, "avx512_bf16"},
+    "x86-64-v4": _V4_FLAGS,
     "x86-64-v3": {"avx2", "bmi2", "f16c", "fma", "abm"},
     "x86-64": set[str](),
     "generic": set[str](),
@@ -289,8 +291,12 @@ def open_library(level: str, directory: Path | None = None) -> Library:
         digest = short.hk_source_digest().decode()
     except (OSError, AttributeError) as error:
         raise NativeError(f"{path.name}: {error}") from error
-    if version != ABI_VERSION or any(ours != theirs for ours, theirs in sizes):
+    if version != ABI_VERSION:
         raise NativeError(f"{path.name} has interface version {version}, not {ABI_VERSION}")
+    if any(ours != theirs for ours, theirs in sizes):
+        raise NativeError(
+            f"{path.name} was compiled with structs of other sizes (here, there: {sizes})"
+        )
     if build_native.SOURCE_DIR.is_dir() and digest != build_native.source_digest():
         raise NativeError(f"{path.name} was made from other sources")
     parallel = _parallel_entry()

@@ -39,13 +39,16 @@ def using(name: str) -> Iterator[Impl]:
     """Make one of ``implementations()`` the active one.
 
     Args:
-        name: ``torch`` or an instruction level.
+        name: ``torch`` or an instruction level; or ``reference``.
 
     Yields:
         The ``impl`` argument that selects it.
     """
     if name == "torch":
         yield "torch"
+        return
+    if name == "reference":
+        yield "reference"
         return
     found = native.open_library(name)
     with mock.patch.object(native, "_load", return_value=(found, f"native {name}")):

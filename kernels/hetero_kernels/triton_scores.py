@@ -13,7 +13,10 @@ Keys are read twice so that the R x N probabilities are never in memory: at 128K
 queries of four heads they would be 10 MB an item, written and read, against 32 MB of bf16 keys.
 
 Pooling is a product with a band matrix: a tile of T keys gives T - 4 pooled positions, and
-neighbours overlap by 4. Not yet run on a GPU.
+neighbours overlap by 4.
+
+Numbers that follow a prompt's length are not specialised on, and `_combine` has room for the most
+splits there are: a prompt of another length shall not make other kernels. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -164,7 +167,7 @@ def _products(
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _measure(
     q_ptr,
     keys_ptr,
@@ -246,8 +249,16 @@ def _measure(
     tl.store(stats_ptr + at + RB + tl.arange(0, RB), total)
 
 
-@triton.jit
-def _combine(stats_ptr, factors_ptr, num_splits, SPLITS: tl.constexpr, RB: tl.constexpr):
+@triton.jit(do_not_specialize=["num_splits"])
+def _combine(
+    stats_ptr,
+    factors_ptr,
+    num_splits,
+    SPLITS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    RB: tl.constexpr,
+):
     item = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     split = tl.arange(0, SPLITS)[:, None]
@@ -259,13 +270,18 @@ def _combine(stats_ptr, factors_ptr, num_splits, SPLITS: tl.constexpr, RB: tl.co
     maximum = tl.max(maxima, axis=0)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(sums * tl.exp2(maxima - maximum[None, :]), axis=0)
-    factor = tl.where(total > 0, 1.0 / total, 0.0)
+    # No positions, no sum; what is no number stays none, and makes all of its group none: their
+    # maximum would drop it.
+    factor = tl.where((r % GP >= G) | (total == 0), 0.0, 1.0 / total)
+    groups = tl.sum(tl.reshape(factor, [RB // GP, GP]), axis=1)
+    group = tl.reshape(tl.broadcast_to(groups[:, None], [RB // GP, GP]), [RB])
+    factor = tl.where(group != group, group, factor)
     at_out = factors_ptr + (item * tl.num_programs(1) + chunk) * (2 * RB) + r
     tl.store(at_out, maximum)
     tl.store(at_out + RB, factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "width", "out_item_stride", "out_query_stride"])
 def _pool_maxima(
     q_ptr,
     keys_ptr,
@@ -314,7 +330,6 @@ def _pool_maxima(
     at = (item.to(tl.int64) * tl.num_programs(2) + chunk) * (2 * RB) + tl.arange(0, RB)
     maximum = tl.load(factors_ptr + at)
     factor = tl.load(factors_ptr + at + RB)
-    is_query = row % GP < G
 
     t = tl.arange(0, TILE)
     band = _band()
@@ -348,7 +363,7 @@ def _pool_maxima(
             PRECISION,
         )
         shares = tl.exp2(products * scale_log2 - maximum[:, None]) * factor[:, None]
-        shares = tl.where(is_query[:, None] & is_position[None, :], shares, 0.0)
+        shares = tl.where(is_position[None, :], shares, 0.0)
         sums = tl.dot(shares, band, input_precision=BAND_PRECISION) * 0.2  # [RB, T]
         pooled = tl.max(tl.reshape(sums, [RB // GP, GP, TILE]), axis=1)
         target = tile * STEP + t
@@ -363,7 +378,7 @@ def _pool_maxima(
         tl.store(at_out + target[None, :], zeros, mask=is_group & is_target[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "out_item_stride"])
 def _pool_mean(
     q_ptr,
     keys_ptr,
@@ -467,7 +482,7 @@ def pool_maxima(items: ScoredItems) -> Tensor:
         fp32 [items, groups, width].
     """
     num_items, num_groups, group_size, _ = items.queries.shape
-    out = torch.empty(num_items, num_groups, items.width, device=items.queries.device)
+    out = _floats(items, num_items, num_groups, items.width)
     if out.numel() == 0:
         return out
     padded = power_of_2(group_size)
@@ -500,7 +515,7 @@ def pool_mean(items: ScoredItems) -> Tensor:
     """
     num_items, window, group_size, _ = items.queries.shape
     assert isinstance(items.keys, torch.Tensor)
-    out = torch.empty(num_items, items.width, device=items.queries.device)
+    out = _floats(items, num_items, items.width)
     if out.numel() == 0:
         return out
     num_rows = window * group_size
@@ -524,6 +539,11 @@ def pool_mean(items: ScoredItems) -> Tensor:
     return out
 
 
+def _floats(items: ScoredItems, *shape: int) -> Tensor:
+    """Memory for fp32 numbers where the items are."""
+    return torch.empty(shape, dtype=torch.float32, device=items.queries.device)
+
+
 def _chunk_rows(items: ScoredItems, most: int) -> int:
     row_bytes = power_of_2(items.queries.shape[3]) * items.queries.element_size()
     return max(MIN_CHUNK_ROWS, min(most, CHUNK_BYTES // int(row_bytes)))
@@ -539,11 +559,10 @@ def _measured(
     """
     queries, keys = items.queries, items.keys
     num_items, num_groups, group_size, head_dim = queries.shape
-    device = queries.device
     bits = 0 if isinstance(keys, torch.Tensor) else keys.bits
     data, scales = (keys, keys) if isinstance(keys, torch.Tensor) else (keys.data, keys.scales)
-    stats = torch.empty(num_items, items.num_splits, num_chunks, 2, chunk_rows, device=device)
-    factors = torch.empty(num_items, num_chunks, 2, chunk_rows, device=device)
+    stats = _floats(items, num_items, items.num_splits, num_chunks, 2, chunk_rows)
+    factors = _floats(items, num_items, num_chunks, 2, chunk_rows)
     # fp32: three TF32 products of what TF32 keeps and what it drops, 22 bits; plain fp32 products
     # do not run on tensor cores and spilled registers by the kilobyte where they were compiled.
     precision = "tf32x3" if queries.dtype == torch.float32 else "tf32" if bits == 4 else "ieee"
@@ -586,6 +605,13 @@ def _measured(
         *arguments[:7], stats, *arguments[7:], **options
     )
     _combine[(num_items, num_chunks)](
-        stats, factors, items.num_splits, SPLITS=power_of_2(items.num_splits), RB=chunk_rows
+        stats,
+        factors,
+        items.num_splits,
+        SPLITS=MAX_SPLITS,
+        # With a window it is the mean over all rows that is wanted: each is a group of its own.
+        G=1 if window else group_size,
+        GP=1 if window else padded_group,
+        RB=chunk_rows,
     )
     return factors, arguments, options

@@ -8,7 +8,11 @@ of each split that the launches before have left, so positions are compacted wit
 every byte of scratch that is read was written by the same call.
 
 Whatever K is, the rows are read five times, from the second-level cache where they fit: a row of
-128K positions has 512 KiB. Not yet run on a GPU.
+128K positions has 512 KiB.
+
+Numbers that follow a row's length are not specialised on: another length makes no other kernels,
+but for rows that begin at multiples of 16 scores or not (the first are loaded as vectors). Not yet
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-
-from hetero_kernels.triton_support import power_of_2
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +90,7 @@ def _digit(histograms_ptr, row, needed, num_splits, SPLITS: tl.constexpr):
     return found, above, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _count(
     scores_ptr,
     counts_ptr,
@@ -142,7 +144,12 @@ def _count(
     tl.store(after_ptr + at, histogram)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("length", "num_places"),
+        *("positions_stride", "bits_stride", "reference_stride"),
+    ]
+)
 def _choose(
     scores_ptr,
     counts_ptr,
@@ -271,7 +278,7 @@ def select(selection: Selection) -> Tensor | None:
     options = {
         "REPEAT": selection.repeat,
         "HAS_LENS": selection.lengths is not None,
-        "SPLITS": power_of_2(num_splits),
+        "SPLITS": MAX_SPLITS,
         "BLOCK": BLOCK,
     }
     lengths = selection.counts if selection.lengths is None else selection.lengths

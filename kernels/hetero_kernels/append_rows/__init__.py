@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hetero_kernels.append_rows.cpu import append_rows_native, append_rows_torch
 from hetero_kernels.append_rows.reference import append_rows_reference
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
+from hetero_kernels.checks import check_dense_rows, check_devices, check_dtype, check_shape
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.layer import DecodeBatch, LayerTensors
 
@@ -44,8 +44,7 @@ def append_rows(
     A resident head's row goes to ``pool[plane, token_id]``; a compressed head's to row
     ``kept_lens + seq_len - 1 - prompt_len`` of its blocks, with its position beside it. The queries
     of pivots go to step ``(seq_len - 1 - prompt_len) mod S`` of their ring. Of a request with a
-    negative row or a ``seq_len`` of 0, which is padding, nothing is written (``native``, which
-    serves no CUDA graphs, does not know padding).
+    negative row or a ``seq_len`` of 0, which is padding, nothing is written.
 
     On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.append``.
 
@@ -110,10 +109,11 @@ def check_new_rows(
     """Check the tensors of new tokens against the layer they go to.
 
     Raises:
-        ValueError: A shape, dtype or stride does not fit.
+        ValueError: A shape, dtype, stride or device does not fit.
     """
     if batch.token_ids is None:
         raise ValueError("appending needs the batch's token_ids, got None")
+    check_devices(k_blocks=layer.k_blocks, rows=batch.rows, k=k, v=v, q=q)
     for name, tensor, heads in (
         ("k", k, layer.num_kv_heads),
         ("v", v, layer.num_kv_heads),

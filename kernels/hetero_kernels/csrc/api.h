@@ -1,4 +1,4 @@
-// The C ABI between the kernels and hetero_kernels._native, which mirrors these structs in ctypes.
+// The C ABI between the kernels and hetero_kernels.native, which mirrors these structs in ctypes.
 //
 // Sizes and strides are in elements unless a name says bytes. The contents of index tables are
 // trusted: whoever fills them guarantees that they stay inside the pools. No function keeps a
@@ -85,7 +85,7 @@ struct HkScore {
   const int32_t* planes;  // [num_items]; null: item i reads plane i
   const int32_t* slots;   // key row of each position; null: row = position
   int64_t slots_stride;
-  const int64_t* rows;          // [num_items], row of slots; null: row 0
+  const int64_t* rows;          // [num_items], row of slots, negative: padding; null: row 0
   const int32_t* prompt_lens;   // [num_items]
   const int32_t* top_k;         // [num_items]; null without overlap
   const int32_t* reference;     // bit sets [num_items, reference_stride]; null without overlap

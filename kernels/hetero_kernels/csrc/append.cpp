@@ -17,6 +17,7 @@ void hk_append_rows(const HkLayer* layer, const HkBatch* batch, const void* k, i
   const bool watch = q != nullptr && layer->pivot_map != nullptr && layer->pivot_queries != nullptr;
   for (int64_t b = 0; b < batch->size; ++b) {
     const int64_t row = batch->rows[b];
+    if (row < 0 || batch->seq_lens[b] <= 0) continue;  // padding
     const int64_t position = batch->seq_lens[b] - 1;
     const int64_t generated = position - layer->prompt_lens[row];
     const char* k_rows = static_cast<const char*>(k) + b * k_stride * item;

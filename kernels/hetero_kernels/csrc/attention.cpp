@@ -92,11 +92,6 @@ struct RowMap {
   }
 };
 
-HK_INLINE void prefetch_row(const void* p, int64_t bytes) {
-  const char* line = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 3);
-}
-
 // Scores of `count` rows for GT queries, and the softmax update of (maximum, sum).
 // weights: [GT, kMaxTile]; scale_old: what the accumulators are to be multiplied with.
 template <class E, int GT, int DT>
@@ -115,7 +110,7 @@ void score_tile(const typename E::type* keys, const int64_t* offsets, int count,
         // Past the end the last row is read again and its score thrown away below.
         const int token = std::min(t + part * 4 + i, count - 1);
         rows[i] = keys + offsets[token];
-        prefetch_row(next + offsets[token], row_bytes);
+        prefetch(next + offsets[token], row_bytes);
       }
       vf acc[GT][4];
       for (int g = 0; g < GT; ++g)
@@ -172,7 +167,7 @@ void weigh_tile(const typename E::type* values, const int64_t* offsets, int coun
       for (int c = 0; c < CV; ++c) a[g][c] = load(acc + g * D + d + c * kLanes) * scale_old[g];
     for (int t = 0; t < count; ++t) {
       const typename E::type* row = values + offsets[t] + d;
-      if (t < next_count) prefetch_row(next + next_offsets[t], row_bytes);
+      if (t < next_count) prefetch(next + next_offsets[t], row_bytes);
       vf v[CV];
       for (int c = 0; c < CV; c += E::kVectors) E::load(row + c * kLanes, v + c);
       for (int g = 0; g < GT; ++g) {
@@ -266,15 +261,16 @@ void finish_head(const float* partials, int count, int G, int D, typename E::typ
     float maximum = kNegInf;
     for (int i = 0; i < count; ++i) maximum = std::max(maximum, partials[i * stride + g]);
     float total = 0.0f;
+    // A part without rows has a sum of 0 (and no maximum); a NaN is nobody's to swallow.
     for (int i = 0; i < count; ++i) {
       const float* p = partials + i * stride;
-      if (p[g] != kNegInf) total += p[G + g] * std::exp(p[g] - maximum);
+      if (p[G + g] != 0.0f) total += p[G + g] * std::exp(p[g] - maximum);
     }
     for (int d = 0; d < D; d += E::kVectors * kLanes) {
       vf value[E::kVectors] = {};
       for (int i = 0; i < count; ++i) {
         const float* p = partials + i * stride;
-        if (p[g] == kNegInf) continue;
+        if (p[G + g] == 0.0f) continue;
         const float share = std::exp(p[g] - maximum) / total;
         for (int n = 0; n < E::kVectors; ++n) {
           value[n] += load(p + 2 * G + int64_t{g} * D + d + n * kLanes) * share;
@@ -285,12 +281,16 @@ void finish_head(const float* partials, int count, int G, int D, typename E::typ
   }
 }
 
+// Rows that a head attends to; none of a request that is padding.
 int64_t head_length(const HkLayer& layer, const HkBatch& batch, int64_t request, int32_t head) {
   const int64_t row = batch.rows[request];
+  const int64_t seq_len = batch.seq_lens[request];
+  if (row < 0 || seq_len <= 0) return 0;
   const int32_t place = layer.head_map[head];
-  if (place >= 0) return batch.seq_lens[request];
-  return layer.kept_lens[row * layer.kept_lens_row_stride + ~place * layer.kept_lens_head_stride] +
-         batch.seq_lens[request] - layer.prompt_lens[row];
+  if (place >= 0) return seq_len;
+  const int64_t kept = layer.kept_lens[row * layer.kept_lens_row_stride +
+                                       ~place * layer.kept_lens_head_stride];
+  return std::max<int64_t>(0, kept + seq_len - layer.prompt_lens[row]);
 }
 
 RowMap head_rows(const HkLayer& layer, const HkBatch& batch, int64_t request, int32_t head) {
@@ -352,7 +352,7 @@ void decode(const HkLayer& layer, const HkBatch& batch, const typename E::type* 
   }
 
   std::atomic<int32_t> next{0};
-  auto body = [&](int) {
+  auto body = [&] {
     float* query = static_cast<float*>(t_query.get(int64_t{G} * D * sizeof(float)));
     for (;;) {
       const int32_t index = next.fetch_add(1, std::memory_order_relaxed);

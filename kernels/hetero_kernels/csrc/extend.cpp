@@ -103,7 +103,7 @@ HK_INLINE float soften(float* row, int vectors, float* maximum, float* sums) {
   const float rescale = *maximum == new_max ? 1.0f : std::exp2(*maximum - new_max);
   vf total = load(sums) * rescale;
   for (int t = 0; t < vectors; ++t) {
-    const vf e = exp2_nonpositive(load(row + t * kLanes) - new_max);
+    const vf e = exp2_clamped(load(row + t * kLanes) - new_max);
     total += e;
     store(row + t * kLanes, e);
   }
@@ -213,7 +213,7 @@ void extend(const HkExtend& args) {
   const int64_t block = std::min(wanted, fair);
   const int64_t num_blocks = (args.num_new + block - 1) / block;
   std::atomic<int64_t> next{0};
-  auto body = [&](int) {
+  auto body = [&] {
     for (;;) {
       const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
       if (item >= num_blocks * H) return;

@@ -1,4 +1,4 @@
-// Rows of bytes from and to places named by an index.
+// Rows of bytes from and to places named by an index; a negative one is padding and moves nowhere.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -17,7 +17,7 @@ void move_rows(int64_t num_rows, int64_t row_bytes, int32_t num_threads, Copy co
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, row_bytes));
   const int64_t num_chunks = (num_rows + chunk - 1) / chunk;
   std::atomic<int64_t> next{0};
-  auto body = [&](int) {
+  auto body = [&] {
     for (;;) {
       const int64_t begin = next.fetch_add(1, std::memory_order_relaxed) * chunk;
       if (begin >= num_rows) return;
@@ -37,6 +37,7 @@ void hk_gather_rows(const void* source, int64_t source_stride_bytes, const int64
   const char* from = static_cast<const char*>(source);
   char* to = static_cast<char*>(out);
   move_rows(num_rows, row_bytes, num_threads, [=](int64_t i) {
+    if (index[i] < 0) return;
     memcpy(to + i * out_stride_bytes, from + index[i] * source_stride_bytes, row_bytes);
   });
 }
@@ -47,6 +48,7 @@ void hk_scatter_rows(const void* source, int64_t source_stride_bytes, const int6
   const char* from = static_cast<const char*>(source);
   char* to = static_cast<char*>(out);
   move_rows(num_rows, row_bytes, num_threads, [=](int64_t i) {
+    if (index[i] < 0) return;
     memcpy(to + index[i] * out_stride_bytes, from + i * source_stride_bytes, row_bytes);
   });
 }

@@ -23,7 +23,7 @@ void hk_top_positions(const float* scores, int64_t num_rows, int64_t length, int
                       int32_t num_threads) {
   using namespace hk;
   std::atomic<int64_t> next{0};
-  auto body = [&](int) {
+  auto body = [&] {
     for (;;) {
       const int64_t row = next.fetch_add(1, std::memory_order_relaxed);
       if (row >= num_rows) return;
@@ -32,11 +32,11 @@ void hk_top_positions(const float* scores, int64_t num_rows, int64_t length, int
       // The selection's own scratch, then 64-bit sort keys.
       const size_t select = (select_bytes(length) + 63) & ~size_t{63};
       char* scratch = static_cast<char*>(t_select.get(select + k * sizeof(uint64_t) + 64));
-      const Cut cut = find_cut(s, length, k, 0, scratch);
+      const Cut cut = find_cut<AnySign>(s, length, k, scratch);
       if (bits != nullptr) {
         int32_t* out = bits + row * bits_stride;
         std::fill(out, out + bits_stride, 0);
-        for_each_chosen(s, length, cut, [&](int64_t i) {
+        for_each_chosen<AnySign>(s, length, cut, [&](int64_t i) {
           out[i >> 5] = static_cast<int32_t>(static_cast<uint32_t>(out[i >> 5]) | 1u << (i & 31));
         });
       }
@@ -44,11 +44,11 @@ void hk_top_positions(const float* scores, int64_t num_rows, int64_t length, int
       int32_t* out = positions + row * positions_stride;
       int64_t count = 0;
       if (order == 0) {
-        for_each_chosen(s, length, cut, [&](int64_t i) { out[count++] = static_cast<int32_t>(i); });
+        for_each_chosen<AnySign>(s, length, cut, [&](int64_t i) { out[count++] = static_cast<int32_t>(i); });
       } else {
         uint64_t* keys = reinterpret_cast<uint64_t*>(scratch + select);
-        for_each_chosen(s, length, cut, [&](int64_t i) {
-          keys[count++] = static_cast<uint64_t>(~ordered(s[i])) << 32 | static_cast<uint32_t>(i);
+        for_each_chosen<AnySign>(s, length, cut, [&](int64_t i) {
+          keys[count++] = static_cast<uint64_t>(~AnySign::ordered(s[i])) << 32 | static_cast<uint32_t>(i);
         });
         std::sort(keys, keys + count);
         for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(keys[i] & 0xffffffffu);

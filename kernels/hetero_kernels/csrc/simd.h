@@ -43,7 +43,20 @@ HK_INLINE vu load_u32(const void* p) {
 }
 HK_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 HK_INLINE vf splat(float x) { return vf{} + x; }
-HK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+// The second of the two where one is NaN.
+HK_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);  // GCC makes a comparison and a blend of the line below
+#else
+  return a > b ? a : b;
+#endif
+}
+
+HK_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + b, 0, 3);
+  }
+}
 
 HK_INLINE vi lane_ids() {
 #if HK_LANES == 16
@@ -73,6 +86,7 @@ HK_INLINE vi lane_ids() {
   v = fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
 #endif
 HK_INLINE vf add(vf a, vf b) { return a + b; }
+HK_INLINE vi add(vi a, vi b) { return a + b; }
 HK_INLINE float hmax(vf v) {
   HK_FOLD(vmax, v)
   return v[0];
@@ -81,17 +95,27 @@ HK_INLINE float hsum(vf v) {
   HK_FOLD(add, v)
   return v[0];
 }
-HK_INLINE int64_t hsum(vi v) {
-  int64_t s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+HK_INLINE int32_t hsum(vi v) {
+  HK_FOLD(add, v)
+  return v[0];
 }
 
-// e^x for x <= 0 (about 1 ulp); 0 below -87.3, where the result would be subnormal.
+// A bit for each lane of a comparison's result.
+HK_INLINE uint32_t mask_of(vi truth) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)truth);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)truth));
+#else
+  return static_cast<uint32_t>(hsum(truth & (vi{} + 1) << lane_ids()));
+#endif
+}
+
+// e^x for x <= 0 (about 1 ulp); 0 below -87.3, where the result would be subnormal; NaN of NaN.
 HK_INLINE vf exp_nonpositive(vf x) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf lowest = splat(-87.336540f);
-  const vf clamped = x > lowest ? x : lowest;
+  const vf clamped = vmax(lowest, x);
   const vf shifted = clamped * splat(1.44269504f) + magic;
   const vf n = shifted - magic;
   vf r = n * splat(-0.693359375f) + clamped;
@@ -105,25 +129,35 @@ HK_INLINE vf exp_nonpositive(vf x) {
   p = p * (r * r) + r + splat(1.0f);
   const vu scale = ((vu)shifted << 23) + (127u << 23);  // the magic's own bits leave at the top
   p = p * (vf)scale;
-  return x > lowest ? p : vf{};
+  return x <= lowest ? vf{} : p;
 }
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x for x <= 0 (relative error 1e-7); 2^-120 below that, where a sum with a 1 in it cannot see it.
+// 2^x for x < 126 (relative error 1e-7); 2^-125 below -125, where a sum with a 1 in it cannot see it;
+// NaN of NaN.
 // A third cheaper than exp_nonpositive: whoever scales queries multiplies kLog2e in.
-HK_INLINE vf exp2_nonpositive(vf x) {
+HK_INLINE vf exp2_clamped(vf x) {
+  const vf clamped = vmax(splat(-125.0f), x);
+#if defined(__AVX512F__)
+  const vf n = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
+#else
   const vf magic = splat(12582912.0f);  // as above
-  const vf clamped = vmax(x, splat(-120.0f));
   const vf shifted = clamped + magic;
-  const vf r = clamped - (shifted - magic);
+  const vf n = shifted - magic;
+#endif
+  const vf r = clamped - n;
   vf p = splat(1.326472690e-3f);
   p = p * r + splat(9.671512661e-3f);
   p = p * r + splat(5.550733744e-2f);
   p = p * r + splat(2.402224208e-1f);
   p = p * r + splat(6.931469776e-1f);
   p = p * r + splat(1.0f);
-  return (vf)((vu)p + ((vu)shifted << 23));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * (vf)(((vu)shifted << 23) + (127u << 23));
+#endif
 }
 
 // kLanes bytes, widened. GCC 12 takes __builtin_convertvector of bytes apart, element by element.

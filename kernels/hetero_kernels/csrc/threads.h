@@ -4,7 +4,6 @@
 // both share one pool of threads and never run two pools against each other.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -15,22 +14,15 @@ namespace hk {
 
 extern HkParallel g_parallel;
 
-// Calls body(thread_index) on up to num_threads threads and returns when all are done.
+// Calls body() on up to num_threads threads and returns when all are done.
 template <class Body>
 void parallel(int num_threads, Body& body) {
   if (num_threads <= 1 || g_parallel == nullptr) {
-    body(0);
+    body();
     return;
   }
-  struct Team {
-    Body* body;
-    std::atomic<int> next;
-    static void enter(void* self) {
-      Team* team = static_cast<Team*>(self);
-      (*team->body)(team->next.fetch_add(1, std::memory_order_relaxed));
-    }
-  } team{&body, {0}};
-  g_parallel(&Team::enter, &team, static_cast<unsigned>(num_threads), 0);
+  const auto enter = [](void* it) { (*static_cast<Body*>(it))(); };
+  g_parallel(enter, &body, static_cast<unsigned>(num_threads), 0);
 }
 
 // Memory of one thread, kept between calls and grown as needed; 64-byte aligned.

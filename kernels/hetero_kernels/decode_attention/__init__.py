@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
+from hetero_kernels.checks import check_dense_rows, check_devices, check_dtype, check_shape
 from hetero_kernels.decode_attention.cpu import decode_attention_native, decode_attention_torch
 from hetero_kernels.decode_attention.reference import decode_attention_reference
 from hetero_kernels.decode_attention.workspace import DecodeWorkspace
@@ -42,8 +42,7 @@ def decode_attention(
     A resident head attends to all ``seq_len`` tokens through ``req_to_token``; a compressed one to
     its ``kept_lens + seq_len - prompt_len`` rows through its block table. Scores, softmax and sums
     are fp32. A head without rows gives zeros. The order of rows does not matter beyond rounding.
-    A request with a negative row or a ``seq_len`` of 0 is padding and gives zeros (``native``,
-    which serves no CUDA graphs, does not know padding).
+    A request with a negative row or a ``seq_len`` of 0 is padding and gives zeros.
 
     On a GPU this call reads ``head_map`` back; CUDA graphs capture ``DecodeLayer.attend``.
 
@@ -103,10 +102,11 @@ def check_queries(q: Tensor, out: Tensor, layer: LayerTensors, batch: DecodeBatc
     """Check queries and result against the layer they read.
 
     Raises:
-        ValueError: A shape, dtype or stride does not fit.
+        ValueError: A shape, dtype, stride or device does not fit.
     """
     if layer.req_to_token is None:
         raise ValueError("attention needs the layer's req_to_token, got None")
+    check_devices(k_blocks=layer.k_blocks, rows=batch.rows, q=q, out=out)
     for name, tensor in (("q", q), ("out", out)):
         check_dtype(name, tensor, layer.dtype)
         check_shape(name, tensor, (batch.size, layer.num_q_heads, layer.head_dim))

@@ -63,8 +63,10 @@ class DecodeWorkspace:
             num_programs=programs,
             lengths=torch.empty(items, dtype=torch.int32, device=device),
             starts=torch.empty(items + 1, dtype=torch.int32, device=device),
-            sums=torch.empty(programs + items, 2, group_size, device=device),
-            accumulators=torch.empty(programs + items, group_size, head_dim, device=device),
+            sums=torch.empty((programs + items, 2, group_size), dtype=torch.float32, device=device),
+            accumulators=torch.empty(
+                (programs + items, group_size, head_dim), dtype=torch.float32, device=device
+            ),
         )
 
     def check(self, num_items: int, group_size: int, head_dim: int) -> None:

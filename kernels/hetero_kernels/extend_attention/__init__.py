@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels.checks import (
+    check_count,
     check_dense_rows,
+    check_devices,
     check_dtype,
     check_float,
     check_head_dim,
@@ -55,13 +57,16 @@ def extend_attention(
         [n, Hq, D], contiguous.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride or device is not as described.
     """
     check_float("q", q)
     check_shape("q", q, (None, None, None))
     num_new, num_q_heads, head_dim = q.shape
     check_head_dim(head_dim)
     check_dense_rows("q", q, 2)
+    check_count("prefix_len", prefix_len, least=0)
+    check_count("query heads (the second dimension of q)", num_q_heads)
+    check_devices(q=q, k=k, v=v, slots=slots)
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(name, tensor, q.dtype)
         rows = prefix_len + num_new if slots is None else None

@@ -24,7 +24,7 @@ def extend_attention_native(
 ) -> Tensor:
     """Blocks of queries against packed blocks of keys; see ``extend_attention_reference``."""
     num_new, num_q_heads, head_dim = q.shape
-    out = torch.empty(num_new, num_q_heads, head_dim, dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     struct = ExtendStruct(
         dtype=DTYPE_CODES[q.dtype],
         head_dim=head_dim,

@@ -4,9 +4,8 @@ All movers see their operands as tables of rows, [num_rows, row_elements]; a poo
 [num_blocks, block_tokens, D] is viewed as [num_blocks * block_tokens, D]. K and V side by side, as
 memd keeps them, are ``install_rows``' source.
 
-A row with a negative index is padding and moves nowhere: for the Triton kernels, which may run in
-CUDA graphs with more rows than there are, and in the definition. ``native`` and ``torch`` take
-indices as they are; there none may be negative.
+A row with a negative index is padding and moves nowhere: CUDA graphs run with more rows than there
+are. ``torch`` alone, which would have to wait for the device to leave it out, takes none.
 """
 
 from __future__ import annotations
@@ -15,7 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_same, check_shape
+from hetero_kernels.checks import (
+    check_dense_rows,
+    check_devices,
+    check_dtype,
+    check_same,
+    check_shape,
+)
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.move_rows.cpu import (
     gather_rows_native,
@@ -50,13 +55,14 @@ def gather_rows(
         ``out``.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride or device is not as described.
     """
     check_dtype("index", index, torch.int64)
     check_shape("index", index, (None,))
     check_shape("source", source, (None, None))
     if out is None:
         out = source.new_empty(index.shape[0], source.shape[1])
+    check_devices(source=source, index=index, out=out)
     check_dtype("out", out, source.dtype)
     check_shape("out", out, (index.shape[0], source.shape[1]))
     for name, tensor in (("source", source), ("index", index), ("out", out)):
@@ -76,10 +82,11 @@ def scatter_rows(source: Tensor, index: Tensor, out: Tensor, *, impl: Impl = "au
         impl: See ``hetero_kernels.dispatch``.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride or device is not as described.
     """
     check_dtype("index", index, torch.int64)
     check_shape("index", index, (None,))
+    check_devices(source=source, index=index, out=out)
     check_dtype("out", out, source.dtype)
     check_shape("out", out, (None, None))
     check_shape("source", source, (index.shape[0], out.shape[1]))
@@ -111,7 +118,7 @@ def install_rows(
         impl: See ``hetero_kernels.dispatch``.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride or device is not as described.
     """
     check_dtype("index", index, torch.int64)
     check_shape("index", index, (None,))
@@ -120,6 +127,17 @@ def install_rows(
     head_dim = k_blocks.shape[2]
     check_same("k_blocks and v_blocks must have the same shape", k_blocks.shape, v_blocks.shape)
     check_shape("source", source, (index.shape[0], 2 * head_dim))
+    check_dense_rows("source", source)
+    check_devices(
+        source=source,
+        index=index,
+        k_blocks=k_blocks,
+        v_blocks=v_blocks,
+        block_positions=block_positions,
+        positions=positions,
+    )
+    for name, tensor in (("k_blocks", k_blocks), ("v_blocks", v_blocks)):
+        check_dtype(name, tensor, source.dtype)
     if not (k_blocks.is_contiguous() and v_blocks.is_contiguous()):
         raise ValueError("k_blocks and v_blocks must be contiguous")
     if (block_positions is None) != (positions is None):
@@ -133,9 +151,6 @@ def install_rows(
     if resolve(impl, source.device) == "triton":
         from hetero_kernels.move_rows.triton import install_rows_triton
 
-        for name, tensor in (("k_blocks", k_blocks), ("v_blocks", v_blocks)):
-            check_dtype(name, tensor, source.dtype)
-        check_dense_rows("source", source)
         install_rows_triton(source, index, k_blocks, v_blocks, block_positions, positions)
         return
     scatter_rows(source[:, :head_dim], index, k_blocks.view(-1, head_dim), impl=impl)

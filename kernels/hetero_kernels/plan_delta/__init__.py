@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
+from hetero_kernels.checks import check_dense_rows, check_devices, check_dtype, check_shape
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.plan_delta.cpu import plan_delta_torch
 from hetero_kernels.plan_delta.reference import plan_delta_reference
@@ -64,7 +64,7 @@ def plan_delta(
         The exchanges.
 
     Raises:
-        ValueError: A shape or dtype is not as described, or ``room`` is negative.
+        ValueError: A shape, dtype or device is not as described, or ``room`` is negative.
     """
     for name, tensor in (("target", target), ("kept", kept)):
         check_dtype(name, tensor, torch.int32)
@@ -76,7 +76,8 @@ def plan_delta(
         check_dense_rows("limits", limits)
     if room is not None and room < 0:
         raise ValueError(f"room must not be negative, got {room}")
-    chosen = resolve(impl, target.device)
+    check_devices(target=target, kept=kept, limits=limits)
+    chosen = resolve(impl, target.device, has_native=False)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]]
     if chosen == "triton":
         from hetero_kernels.plan_delta.triton import plan_delta_triton

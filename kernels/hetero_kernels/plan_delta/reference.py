@@ -26,7 +26,7 @@ def plan_delta_reference(
     """
     positions = torch.full_like(target, -1, memory_format=torch.contiguous_format)
     slots = positions.clone()
-    counts = torch.zeros(target.shape[0], dtype=torch.int32)
+    counts = torch.zeros(target.shape[0], dtype=torch.int32, device=target.device)
     for i in range(target.shape[0]):
         wanted = [p for p in target[i].tolist() if p >= 0]
         held = kept[i].tolist()
@@ -38,7 +38,9 @@ def plan_delta_reference(
             room -= len(missing)
         leaving = [slot for slot, p in enumerate(held) if p >= 0 and p not in set(wanted)]
         leaving = leaving[: len(missing)]
-        positions[i, : len(missing)] = torch.tensor(missing, dtype=torch.int32)
-        slots[i, : len(leaving)] = torch.tensor(leaving, dtype=torch.int32)
+        positions[i, : len(missing)] = torch.tensor(
+            missing, dtype=torch.int32, device=target.device
+        )
+        slots[i, : len(leaving)] = torch.tensor(leaving, dtype=torch.int32, device=target.device)
         counts[i] = len(missing)
     return positions, slots, counts

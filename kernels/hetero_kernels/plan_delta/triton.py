@@ -4,7 +4,9 @@
 2. *count* (item): how many are missing; an item's share of the room depends on those before it.
 3. *plan* (item): compacts the missing positions, in the target's order, and the slots that leave.
 
-Scratch: bit sets, int32 [2, M, ceil(num_tokens / 32)], and counts, int32 [M]. Not yet run on a GPU.
+Scratch: bit sets, int32 [2, M, ceil(num_tokens / 32)], and counts, int32 [M]. Lengths are not
+specialised on, nor where the second set begins: a compilation for each would take a second.
+Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ def _compact(
         rank += tl.sum(is_outside, axis=0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_positions", "num_tokens", "row_stride"],
+    do_not_specialize_on_alignment=["sets_ptr"],
+)
 def _mark(positions_ptr, sets_ptr, num_positions, num_tokens, row_stride, BLOCK: tl.constexpr):
     item = tl.program_id(0)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +93,10 @@ def _mark(positions_ptr, sets_ptr, num_positions, num_tokens, row_stride, BLOCK:
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_targets", "num_tokens", "target_stride"],
+    do_not_specialize_on_alignment=["kept_sets_ptr"],
+)
 def _count(
     target_ptr,
     kept_sets_ptr,
@@ -111,8 +119,13 @@ def _count(
     tl.store(counts_ptr + item, count)
 
 
-# What differs from call to call shall not make another kernel: a compilation takes a second.
-@triton.jit(do_not_specialize=["room"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_targets", "num_kept", "num_tokens", "room"),
+        *("target_stride", "kept_stride"),
+    ],
+    do_not_specialize_on_alignment=["kept_sets_ptr"],
+)
 def _plan(
     target_ptr,
     kept_ptr,

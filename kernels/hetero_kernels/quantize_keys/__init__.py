@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from hetero_kernels.checks import check_dtype, check_float, check_shape
+from hetero_kernels.checks import check_devices, check_dtype, check_float, check_shape
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.quantize_keys.cpu import quantize_keys_torch
 from hetero_kernels.quantize_keys.format import QuantizedKeys, num_groups, quantized_key_bytes
@@ -33,18 +33,21 @@ def quantize_keys(
         out: Where to; only the named planes and slots change.
         planes: Planes of the heads, as many as ``num_heads``.
         slots: Slot of each key, int64 [n], unique. A negative one is padding and is not written, by
-            ``triton``, which CUDA graphs may hold, and by the definition; ``torch`` takes none.
+            ``triton``, which CUDA graphs may hold, and by the definition; ``torch``, which would
+            have to wait for the device to leave it out, takes none.
         impl: See ``hetero_kernels.dispatch``; there is no ``native``, and ``auto`` is ``torch`` on
             CPU tensors.
 
     Raises:
-        ValueError: A shape or dtype is not as described.
+        ValueError: A shape, dtype or device is not as described.
     """
     check_float("keys", keys)
+    check_devices(keys=keys, out=out.data, slots=slots)
     num_heads = len(range(*planes.indices(out.data.shape[0])))
     check_dtype("slots", slots, torch.int64)
+    check_shape("slots", slots, (None,))
     check_shape("keys", keys, (num_heads, slots.shape[0], out.head_dim))
-    chosen = resolve(impl, keys.device)
+    chosen = resolve(impl, keys.device, has_native=False)
     if chosen == "triton":
         from hetero_kernels.quantize_keys.triton import quantize_keys_triton
 

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_head_dim, check_shape
+from hetero_kernels.checks import (
+    check_dense_rows,
+    check_devices,
+    check_dtype,
+    check_head_dim,
+    check_shape,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +65,7 @@ class QuantizedKeys:
             the scale of its group, and group g covers elements ``g * D / num_groups`` and on.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride or device is not as described.
     """
 
     data: Tensor
@@ -67,6 +73,7 @@ class QuantizedKeys:
 
     def __post_init__(self) -> None:
         check_dtype("scales", self.scales, torch.bfloat16)
+        check_devices(data=self.data, scales=self.scales)
         check_shape("data", self.data, (None, None, None))
         if self.data.dtype not in (torch.int8, torch.uint8):
             raise ValueError(f"data must be int8 (8 bits) or uint8 (4 bits), got {self.data.dtype}")

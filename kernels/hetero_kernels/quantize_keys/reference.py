@@ -29,8 +29,8 @@ def quantize_keys_reference(keys: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     n, D = keys.shape
     groups = num_groups(D, bits)
     size, largest = D // groups, LARGEST[bits]
-    whole = torch.zeros(n, D, dtype=torch.int16)
-    scales = torch.zeros(n, groups, dtype=torch.bfloat16)
+    whole = torch.zeros(n, D, dtype=torch.int16, device=keys.device)
+    scales = torch.zeros(n, groups, dtype=torch.bfloat16, device=keys.device)
     for i in range(n):
         for g in range(groups):
             span = slice(g * size, (g + 1) * size)

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels.checks import (
+    check_count,
     check_dense_rows,
+    check_devices,
     check_dtype,
     check_float,
     check_head_dim,
     check_same,
+    check_scale,
     check_shape,
 )
 from hetero_kernels.dispatch import resolve
@@ -46,7 +49,7 @@ def score_positions(
         q: Queries, fp32 / bf16 / fp16 [Hc, G, D].
         k: Keys, in the dtype of ``q`` or quantised, [num_planes, N, D] or, with ``slots``,
             [num_planes, num_slots, D]; dense rows.
-        scale: Factor on the products, 1 / sqrt(D).
+        scale: Factor on the products, positive: 1 / sqrt(D).
         planes: Plane of each head in ``k``, int32 [Hc]; ``None``: head h is plane h.
         slots: Slot of each position in ``k``, int32 [N]; ``None``: position p is slot p.
         impl: See ``hetero_kernels.dispatch``.
@@ -55,12 +58,15 @@ def score_positions(
         fp32 [Hc, N].
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride, device or the scale is not as described.
     """
     check_float("q", q)
     check_shape("q", q, (None, None, None))
+    check_count("queries of a head (the second dimension of q)", q.shape[1])
     check_head_dim(q.shape[2])
     check_keys("k", k, q)
+    check_scale(scale)
+    check_devices(q=q, planes=planes, slots=slots)
     num_planes, num_slots = (k if isinstance(k, torch.Tensor) else k.data).shape[:2]
     if planes is None:
         check_same("k must have a plane for each head of q", num_planes, q.shape[0])

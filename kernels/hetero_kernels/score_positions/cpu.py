@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool1d
 from hetero_kernels.dispatch import loaded
 from hetero_kernels.keys import read_keys
 from hetero_kernels.native import DTYPE_CODES, ScoreStruct, key_fields, pointer
+from hetero_kernels.score_positions.reference import POOL_WIDTH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,8 @@ def score_positions_native(
 ) -> Tensor:
     """Keys read once for the whole group; see ``score_positions_reference``."""
     num_heads, group_size, head_dim = q.shape
-    out = torch.empty(num_heads, length, dtype=torch.float32)
-    lengths = torch.full((num_heads,), length, dtype=torch.int32)
+    out = torch.empty(num_heads, length, dtype=torch.float32, device=q.device)
+    lengths = torch.full((num_heads,), length, dtype=torch.int32, device=q.device)
     q = q.contiguous()
     struct = ScoreStruct(
         dtype=DTYPE_CODES[q.dtype],
@@ -64,7 +65,8 @@ def pooled_scores_torch(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """
     scores = (q.float() @ keys.float().transpose(1, 2)) * scale  # [M, G, N]
     probabilities = torch.softmax(scores, dim=-1)
-    return avg_pool1d(probabilities, kernel_size=5, stride=1, padding=2).amax(dim=1)
+    pooled = avg_pool1d(probabilities, kernel_size=POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2)
+    return pooled.amax(dim=1)
 
 
 def score_positions_torch(
@@ -77,7 +79,7 @@ def score_positions_torch(
 ) -> Tensor:
     """Batched products; see ``score_positions_reference``."""
     if length == 0 or q.shape[0] == 0:
-        return torch.zeros(q.shape[0], length, device=q.device)
+        return torch.zeros(q.shape[0], length, dtype=torch.float32, device=q.device)
     index = torch.arange(length, device=q.device) if slots is None else slots.long()
     order = range(q.shape[0]) if planes is None else planes.tolist()
     keys = torch.stack([read_keys(k, plane, index) for plane in order])

@@ -34,7 +34,7 @@ def pooled_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     Source: HeteroCache (arXiv 2601.13684), section on prefill selection.
     """
     G, N = q.shape[0], keys.shape[0]
-    out = torch.zeros(N)
+    out = torch.zeros(N, dtype=torch.float32, device=q.device)
     for g in range(G):
         probabilities = torch.softmax((keys.float() @ q[g].float()) * scale, dim=0)
         for p in range(N):
@@ -64,8 +64,8 @@ def score_positions_reference(
     Returns:
         fp32 [Hc, N].
     """
-    index = torch.arange(length) if slots is None else slots.long()
-    out = torch.empty(q.shape[0], length)
+    index = torch.arange(length, device=q.device) if slots is None else slots.long()
+    out = torch.empty(q.shape[0], length, dtype=torch.float32, device=q.device)
     for h in range(q.shape[0]):
         plane = h if planes is None else int(planes[h])
         out[h] = pooled_scores(q[h], read_keys(k, plane, index), scale)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hetero_kernels.checks import check_dense_rows, check_dtype, check_shape
+from hetero_kernels.checks import check_dense_rows, check_devices, check_dtype, check_shape
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.top_positions.cpu import (
     pack_positions_torch,
@@ -115,17 +115,24 @@ def pack_positions(positions: Tensor, num_words: int) -> Tensor:
     """Bit sets of positions: bit ``p % 32`` of word ``p // 32``.
 
     Args:
-        positions: int32 [..., K], below ``32 * num_words``; negative ones are skipped.
+        positions: int32 [..., K], below ``32 * num_words`` (checked on CPU tensors, trusted on
+            others); negative ones are skipped.
         num_words: Words of a set.
 
     Returns:
         int32 [..., num_words].
 
     Raises:
-        ValueError: The dtype is not int32.
+        ValueError: The dtype is not int32, or a position lies behind the last word.
     """
     check_dtype("positions", positions, torch.int32)
-    flat = positions.reshape(-1, positions.shape[-1])
+    if positions.dim() == 0:
+        raise ValueError("positions must have at least one dimension, got 0")
+    if positions.is_cpu and positions.numel() and int(positions.max()) >= 32 * num_words:
+        raise ValueError(
+            f"positions must be below {32 * num_words} (num_words x 32), got {int(positions.max())}"
+        )
+    flat = positions.reshape(positions.shape[:-1].numel(), positions.shape[-1])
     return pack_positions_torch(flat, num_words).view(*positions.shape[:-1], num_words)
 
 
@@ -138,6 +145,7 @@ def _flatten(scores: Tensor, k: int | Tensor, is_trusted: bool) -> tuple[Tensor,
     check_dense_rows("scores", flat)
     if isinstance(k, Tensor):
         check_dtype("k", k, torch.int32)
+        check_devices(scores=scores, k=k)
         check_shape("k", k, tuple(scores.shape[:-1]))
         counts = k.reshape(-1).contiguous()
         lowest = int(counts.min()) if counts.numel() and not is_trusted else 0

@@ -10,16 +10,16 @@ from hetero_kernels.native import pointer
 
 
 def top_positions_native(scores: Tensor, counts: Tensor, *, best_first: bool) -> Tensor:
-    """Radix selection instead of sorting; see ``top_positions_reference``."""
+    """A sample's bracket and halving instead of sorting; see ``top_positions_reference``."""
     width = min(int(counts.max()), scores.shape[1]) if counts.numel() else 0
-    out = torch.empty(scores.shape[0], width, dtype=torch.int32)
+    out = torch.empty(scores.shape[0], width, dtype=torch.int32, device=scores.device)
     _call(scores, counts, best_first, out, None)
     return out
 
 
 def top_bits_native(scores: Tensor, counts: Tensor, num_words: int) -> Tensor:
     """The same selection as bit sets, int32 [M, num_words]."""
-    out = torch.empty(scores.shape[0], num_words, dtype=torch.int32)
+    out = torch.empty(scores.shape[0], num_words, dtype=torch.int32, device=scores.device)
     _call(scores, counts, False, None, out)
     return out
 

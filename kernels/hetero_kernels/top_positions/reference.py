@@ -40,7 +40,7 @@ def pack_positions_reference(positions: Tensor, num_words: int) -> Tensor:
     Returns:
         int32 [M, num_words].
     """
-    words = torch.zeros(positions.shape[0], num_words, dtype=torch.int64)
+    words = torch.zeros(positions.shape[0], num_words, dtype=torch.int64, device="cpu")
     for i, row in enumerate(positions.tolist()):
         for p in set(row):
             if p >= 0:

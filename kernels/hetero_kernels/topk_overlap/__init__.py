@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from hetero_kernels.checks import (
+    check_count,
     check_dense_rows,
+    check_devices,
     check_dtype,
     check_float,
     check_head_dim,
+    check_scale,
     check_shape,
 )
 from hetero_kernels.dispatch import resolve
@@ -58,27 +61,37 @@ def topk_overlap(
         top_k: Size K of each item's sets, int32 [Q], at most N.
         reference: Bit sets, int32 [Q, num_words]: bit ``p % 32`` of word ``p // 32``;
             ``num_words >= ceil(N / 32)``.
-        scale: Factor on the products.
+        scale: Factor on the products, positive.
         width: Positions of the longest prompt, or more. ``None``: max(prompt_lens), which is read
-            back from its device. With it nothing waits for the device and nothing checks what
+            back from its device. With it ``triton`` neither waits for the device nor checks what
             ``prompt_lens`` holds.
         impl: See ``hetero_kernels.dispatch``.
 
     Returns:
         Overlap in [0, 1], fp32 [Q, S], and the pooled scores of query group S - 1, fp32
         [Q, width], 0 beyond an item's prompt. An item with a negative row is padding and gives
-        zeros (not by ``native``, which serves no CUDA graphs).
+        zeros.
 
     Raises:
-        ValueError: A shape, dtype or stride is not as described.
+        ValueError: A shape, dtype, stride, device, length or the scale is not as described.
     """
     check_float("queries", queries)
     check_shape("queries", queries, (None, None, None, None))
-    num_items, num_queries, _, head_dim = queries.shape
-    if num_queries == 0:
-        raise ValueError("queries must hold at least one group an item, got 0")
+    num_items, num_queries, group_size, head_dim = queries.shape
+    check_count("groups of an item (the second dimension of queries)", num_queries)
+    check_count("queries of a group (the third dimension of queries)", group_size)
     check_head_dim(head_dim)
     check_keys("keys", keys, queries)
+    check_scale(scale)
+    check_devices(
+        queries=queries,
+        planes=planes,
+        req_to_token=req_to_token,
+        rows=rows,
+        prompt_lens=prompt_lens,
+        top_k=top_k,
+        reference=reference,
+    )
     check_dtype("rows", rows, torch.int64)
     check_dtype("req_to_token", req_to_token, torch.int32)
     check_shape("req_to_token", req_to_token, (None, None))
@@ -96,15 +109,20 @@ def topk_overlap(
     ):
         check_shape(name, tensor, (num_items,))
         check_dense_rows(name, tensor)
-    longest = width
-    if longest is None:
-        longest = int(prompt_lens.max()) if num_items else 0
+    chosen = resolve(impl, queries.device)
+    longest = 0 if width is None else width
+    if num_items and (width is None or chosen != "triton"):
+        shortest, most = (int(length) for length in prompt_lens.aminmax())
+        check_count("prompt_lens", shortest, least=0)
+        if width is None:
+            longest = most
+        elif most > width:
+            raise ValueError(f"prompt_lens must be at most width ({width}), got {most}")
     if longest > min(32 * reference.shape[1], req_to_token.shape[1]):
         raise ValueError(
             f"prompt_lens must fit reference ({32 * reference.shape[1]} bits) and req_to_token "
             f"({req_to_token.shape[1]} positions), got {longest}"
         )
-    chosen = resolve(impl, queries.device)
     if chosen == "triton":
         from hetero_kernels.topk_overlap.triton import topk_overlap_triton
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,8 +32,9 @@ def topk_overlap_native(
     """Each item's keys read once for all its queries; see ``topk_overlap_reference``."""
     num_items, num_queries, group_size, head_dim = queries.shape
     width = int(prompt_lens.max()) if num_items else 0
-    overlap = torch.empty(num_items, num_queries, dtype=torch.float32)
-    newest_scores = torch.empty(num_items, width, dtype=torch.float32)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": queries.device}
+    overlap = torch.empty(num_items, num_queries, **like)
+    newest_scores = torch.empty(num_items, width, **like)
     queries = queries.contiguous()
     struct = ScoreStruct(
         dtype=DTYPE_CODES[queries.dtype],
@@ -74,11 +75,11 @@ def topk_overlap_torch(
 ) -> tuple[Tensor, Tensor]:
     """Batched over the queries of an item; see ``topk_overlap_reference``."""
     num_items, num_queries = queries.shape[:2]
-    device = queries.device
+    like: dict[str, Any] = {"dtype": torch.float32, "device": queries.device}
     width = int(prompt_lens.max()) if num_items else 0
-    overlap = torch.zeros(num_items, num_queries, device=device)
-    newest_scores = torch.zeros(num_items, width, device=device)
-    shifts = torch.arange(32, device=device)
+    overlap = torch.zeros(num_items, num_queries, **like)
+    newest_scores = torch.zeros(num_items, width, **like)
+    shifts = torch.arange(32, device=queries.device)
     for i in range(num_items):
         length, count = int(prompt_lens[i]), int(top_k[i])
         if length == 0 or int(rows[i]) < 0:
@@ -87,6 +88,6 @@ def topk_overlap_torch(
         scores = pooled_scores_torch(queries[i], prompt[None], scale)  # [S, N]
         best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]
         members = (reference[i][:, None] >> shifts & 1).view(-1)
-        overlap[i] = members[best].sum(dim=1) / max(1, count)
+        overlap[i] = members[best].sum(dim=1, dtype=torch.float32) / max(1, count)
         newest_scores[i, :length] = scores[-1]
     return overlap, newest_scores

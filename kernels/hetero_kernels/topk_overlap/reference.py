@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,8 +34,9 @@ def topk_overlap_reference(
     """
     num_items, num_queries = queries.shape[:2]
     width = int(prompt_lens.max()) if num_items else 0
-    overlap = torch.zeros(num_items, num_queries)
-    newest_scores = torch.zeros(num_items, width)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": queries.device}
+    overlap = torch.zeros(num_items, num_queries, **like)
+    newest_scores = torch.zeros(num_items, width, **like)
     for i in range(num_items):
         length, count = int(prompt_lens[i]), int(top_k[i])
         if int(rows[i]) < 0:

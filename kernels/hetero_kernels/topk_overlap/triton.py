@@ -75,5 +75,6 @@ def topk_overlap_triton(
         )
     )
     assert common is not None
-    overlap = common.view(num_items, num_queries) / top_k.clamp(min=1)[:, None]
-    return overlap, scores[:, num_queries - 1]
+    overlap = common.view(num_items, num_queries).float() / top_k.clamp(min=1)[:, None]
+    # Not a view: those of the other queries shall not live as long.
+    return overlap, scores[:, num_queries - 1].contiguous()

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from hetero_kernels.checks import check_dtype, check_float, check_head_dim, check_shape
+from hetero_kernels.checks import (
+    check_count,
+    check_devices,
+    check_dtype,
+    check_float,
+    check_head_dim,
+    check_shape,
+)
 from hetero_kernels.dispatch import resolve
 from hetero_kernels.window_scores.cpu import window_scores_torch
 from hetero_kernels.window_scores.reference import window_scores_reference
@@ -37,18 +44,22 @@ def window_scores(
         fp32 [H, N].
 
     Raises:
-        ValueError: A shape or dtype is not as described, or D is not a multiple of 16 up to 256.
+        ValueError: A shape, dtype or device is not as described, or D is not a multiple of 16 up
+            to 256.
     """
     check_float("q", q)
     check_dtype("k", k, q.dtype)
     check_shape("q", q, (None, None, None, None))
     check_head_dim(q.shape[3])
     check_shape("k", k, (q.shape[0], None, q.shape[3]))
+    check_count("query heads of a KV head (the third dimension of q)", q.shape[2])
+    check_devices(q=q, k=k)
     if not 1 <= q.shape[1] <= k.shape[1]:
         raise ValueError(f"the window must be 1 to {k.shape[1]} (prompt) tokens, got {q.shape[1]}")
-    if resolve(impl, q.device) == "triton":
+    chosen = resolve(impl, q.device, has_native=False)
+    if chosen == "triton":
         from hetero_kernels.window_scores.triton import window_scores_triton
 
         return window_scores_triton(q, k, scale)
-    run = window_scores_reference if impl == "reference" else window_scores_torch
+    run = window_scores_reference if chosen == "reference" else window_scores_torch
     return run(q, k, scale)

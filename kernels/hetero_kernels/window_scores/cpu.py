@@ -24,7 +24,7 @@ def window_scores_torch(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     H, W, G, D = q.shape
     N = k.shape[1]
-    mean = torch.empty(H, N, device=q.device)
+    mean = torch.empty(H, N, dtype=torch.float32, device=q.device)
     hidden = torch.ones(W, W, dtype=torch.bool, device=q.device).triu(1)[:, None]
     for h in range(H):
         scores = (q[h].reshape(W * G, D).float() @ k[h].float().T).mul_(scale).view(W, G, N)

@@ -33,9 +33,9 @@ def window_scores_reference(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     H, W, G, _ = q.shape
     N = k.shape[1]
-    out = torch.zeros(H, N)
+    out = torch.zeros(H, N, dtype=torch.float32, device=q.device)
     for h in range(H):
-        mean = torch.zeros(N)
+        mean = torch.zeros(N, dtype=torch.float32, device=q.device)
         for w in range(W):
             seen = N - W + w + 1
             for g in range(G):

@@ -65,11 +65,8 @@ def test_pools_hold_the_same_bits_as_by_the_reference(name, case, watch):
 def test_rows_land_where_attention_looks_for_them(name, case):
     layer = cloned(case.layer)
     batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
-    if name == "reference":
-        DecodeLayer(layer, impl="reference").append(case.k, case.v, None, batch)
-    else:
-        with using(name) as impl:
-            DecodeLayer(layer, impl=impl).append(case.k, case.v, None, batch)
+    with using(name) as impl:
+        DecodeLayer(layer, impl=impl).append(case.k, case.v, None, batch)
     for b, (row, seq_len) in enumerate(
         zip(case.rows.tolist(), case.seq_lens.tolist(), strict=True)
     ):
@@ -83,6 +80,23 @@ def test_rows_land_where_attention_looks_for_them(name, case):
                 assert layer.block_positions.flatten()[newest] == seq_len - 1
             assert torch.equal(k, case.k[b, h])
             assert torch.equal(v, case.v[b, h])
+
+
+@pytest.mark.parametrize("name", implementations())
+@given(case=cases(), is_row=st.booleans())
+def test_of_padding_nothing_is_written(name, case, is_row):
+    # The first request becomes padding: by its row, or because it has no tokens.
+    if is_row:
+        case.rows[:1] = -1
+    else:
+        case.seq_lens[:1] = 0
+    batch = DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    expected, actual = cloned(case.layer), cloned(case.layer)
+    DecodeLayer(expected, impl="reference").append(case.k, case.v, case.q, batch)
+    with using(name) as impl:
+        DecodeLayer(actual, impl=impl).append(case.k, case.v, case.q, batch)
+    for pool in POOLS:
+        assert torch.equal(bits(getattr(actual, pool)), bits(getattr(expected, pool))), pool
 
 
 @pytest.mark.parametrize("name", implementations())

@@ -225,12 +225,71 @@ def test_a_head_without_rows_gives_zeros(name):
     case = case_without_rows()
     batch = DecodeBatch(case.rows[:1], case.seq_lens[:1])
     out = torch.full_like(case.q[:1], float("nan"))
-    if name == "reference":
-        DecodeLayer(case.layer, impl="reference").attend(case.q[:1], out, batch)
-    else:
-        with using(name) as impl:
-            DecodeLayer(case.layer, impl=impl).attend(case.q[:1], out, batch)
+    with using(name) as impl:
+        DecodeLayer(case.layer, impl=impl).attend(case.q[:1], out, batch)
     assert torch.equal(out, torch.zeros_like(out))
+
+
+def with_padding(case):
+    """The batch of a case between requests that are none: a row that is none, or no tokens."""
+    wide = 2**30
+    return DecodeBatch(
+        torch.cat([torch.tensor([-1]), case.rows, case.rows[:1]]),
+        torch.cat([torch.tensor([wide]), case.seq_lens, torch.tensor([0])]),
+        torch.cat([torch.tensor([wide]), case.token_ids, torch.tensor([wide])]),
+    )
+
+
+def padded(rows):
+    """Rows of a batch as `with_padding` wants them."""
+    return torch.cat([torch.full_like(rows[:1], float("nan")), rows, rows[:1]])
+
+
+@pytest.mark.parametrize("name", [*implementations(), "reference"])
+@pytest.mark.parametrize("length", [90, 19000])
+def test_padding_gives_zeros_and_changes_nothing_else(name, length):
+    case = make_decode_case(
+        prompt_lens=[length, 300],
+        kept_lens=[[0], [299]],
+        generated=[1, 1],
+        head_map=[-1, 0],
+        group_size=3,
+        head_dim=16,
+    )
+    batch = with_padding(case)
+    q = padded(case.q)
+    with using(name) as impl:
+        expected = attended(case, impl)
+        layer = DecodeLayer(case.layer, impl=impl)
+        layer.append(padded(case.k), padded(case.v), None, batch)
+        out = layer.attend(q, torch.full_like(q, float("nan")), batch)
+    assert torch.equal(out[[0, 3]], torch.zeros_like(out[:2]))
+    torch.testing.assert_close(out[1:3], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*implementations(), "reference"])
+@pytest.mark.parametrize("length", [40, 5000])
+@pytest.mark.parametrize("culprit", ["query", "key"])
+def test_what_is_no_number_stays_none(name, length, culprit):
+    case = make_decode_case(
+        prompt_lens=[length],
+        kept_lens=[[length // 2]],
+        generated=[1],
+        head_map=[-1, 0],
+        group_size=2,
+        head_dim=64,
+    )
+    if culprit == "query":
+        case.q[0, 1] = float("nan")
+        affected = [1]
+    else:
+        case.layer.k_resident[0, case.layer.req_to_token[case.rows[0], 7].long()] = float("nan")
+        affected = [2, 3]
+    with using(name) as impl:
+        out = attended(case, impl)
+    is_nan = out[0].isnan().all(dim=1)
+    assert is_nan.nonzero().flatten().tolist() == affected
+    assert out[0, ~is_nan].isfinite().all()
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -291,6 +350,30 @@ def test_a_head_map_outside_the_pools_is_refused():
     for place in (0, -3):
         with pytest.raises(ValueError, match=r"head_map\[0\]"):
             dataclasses.replace(case.layer, head_map=torch.tensor([place], dtype=torch.int32))
+
+
+def test_memory_of_other_devices_and_of_no_size_is_refused():
+    case = make_decode_case(
+        prompt_lens=[4], kept_lens=[[2]], generated=[1], head_map=[-1], group_size=1, head_dim=16
+    )
+    elsewhere = case.layer.block_table.to("meta")
+    with pytest.raises(ValueError, match="block_table must be on cpu like k_blocks, got meta"):
+        dataclasses.replace(case.layer, block_table=elsewhere)
+    empty = torch.empty(3, 0, 16)
+    with pytest.raises(ValueError, match=r"block_tokens .* must be at least 1, got 0"):
+        dataclasses.replace(case.layer, k_blocks=empty, v_blocks=empty, block_positions=None)
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        dataclasses.replace(case.layer, group_size=0)
+    with pytest.raises(ValueError, match="seq_lens must be on cpu like rows, got meta"):
+        DecodeBatch(case.rows, case.seq_lens.to("meta"))
+    layer, batch = DecodeLayer(case.layer), DecodeBatch(case.rows, case.seq_lens, case.token_ids)
+    layer.append(case.k, case.v, None, batch)
+    layer.attend(case.q, torch.empty_like(case.q), batch)
+    # Also where a call like it was checked before.
+    with pytest.raises(ValueError, match="q must be on cpu like k_blocks, got meta"):
+        layer.attend(case.q.to("meta"), torch.empty_like(case.q), batch)
+    with pytest.raises(ValueError, match="v must be on cpu like k_blocks, got meta"):
+        layer.append(case.k, case.v.to("meta"), None, batch)
 
 
 def test_queries_that_do_not_fit_the_batch_are_refused():

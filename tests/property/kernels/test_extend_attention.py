@@ -63,8 +63,6 @@ def test_two_chunks_are_one(name, seed, cut):
     q, k, v = inputs(40, 0, 2, 2, 16, torch.float32, seed)
 
     def run(*arguments, prefix_len):
-        if name == "reference":
-            return extend_attention(*arguments, prefix_len=prefix_len, scale=0.25, impl="reference")
         with using(name) as impl:
             return extend_attention(*arguments, prefix_len=prefix_len, scale=0.25, impl=impl)
 
@@ -92,7 +90,24 @@ def test_strided_queries_and_keys_need_no_copy(name):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*implementations(), "reference"])
+def test_a_query_that_is_no_number_gives_none(name):
+    q, k, v = inputs(70, 10, 1, 3, 64, torch.float32, 0)
+    q[[1, 66]] = float("nan")
+    with using(name) as impl:
+        out = extend_attention(q, k, v, prefix_len=10, scale=0.25, impl=impl)
+    is_nan = out.isnan().all(dim=(1, 2))
+    assert is_nan.nonzero().flatten().tolist() == [1, 66]
+    assert out[~is_nan].isfinite().all()
+
+
 def test_keys_that_do_not_fit_the_prefix_are_refused():
     q, k, v = inputs(4, 3, 1, 1, 16, torch.float32, 0)
+    with pytest.raises(ValueError, match="prefix_len must be at least 0, got -2"):
+        extend_attention(q, k[:, :2], v[:, :2], prefix_len=-2, scale=1.0)
+    with pytest.raises(ValueError, match=r"query heads .* must be at least 1, got 0"):
+        extend_attention(q[:, :0], k, v, prefix_len=3, scale=1.0)
+    with pytest.raises(ValueError, match="v must be on cpu like q, got meta"):
+        extend_attention(q, k, v.to("meta"), prefix_len=3, scale=1.0)
     with pytest.raises(ValueError, match=r"k must have shape \[any, 6, 16\]"):
         extend_attention(q, k, v, prefix_len=2, scale=1.0)

@@ -16,7 +16,7 @@ from hetero_kernels import (
 )
 from hetero_kernels.quantize_keys.format import LARGEST, num_groups
 from hetero_kernels.testing import implementations, using
-from tests.property.kernels.test_topk_overlap import make
+from tests.property.kernels.test_topk_overlap import check_overlaps, make
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -126,6 +126,26 @@ def test_scoring_quantised_keys_is_scoring_what_they_stand_for(
     torch.testing.assert_close(scores[0], expected[1][0, : lengths[0]], rtol=5e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [2, 5])
+def test_keys_that_lie_in_order_are_scored_alike(name, bits, dtype, num_queries):
+    # As a server has them: slots of neighbours are neighbours, with a gap in one prompt.
+    case = make(2, num_queries, 3, [300, 299], [90, 90], dtype=dtype, seed=2)
+    pool = garbage(3, 340, 64, bits)
+    keys = torch.randn(3, 340, 64, generator=torch.Generator().manual_seed(1))
+    quantize_keys(keys, pool, slice(0, 3), torch.arange(340))
+    case["req_to_token"][:, :300] = torch.arange(7, 307, dtype=torch.int32)
+    case["req_to_token"][case["rows"][1], 150:300] += 5
+    case["keys"] = pool
+    expected = topk_overlap(**case, impl="reference")
+    with using(name) as impl:
+        actual = topk_overlap(**case, impl=impl)
+    torch.testing.assert_close(actual[1], expected[1], rtol=5e-5, atol=1e-12)
+    check_overlaps(name, case)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiple of 32, got 48"):
         num_groups(48, 4)
@@ -134,9 +154,13 @@ def test_what_does_not_fit_is_refused():
     pool = garbage(2, 9, 64, 8)
     with pytest.raises(ValueError, match=r"keys must have shape \[1, 3, 64\], got \[2, 3, 64\]"):
         quantize_keys(torch.zeros(2, 3, 64), pool, slice(0, 1), torch.arange(3))
+    with pytest.raises(ValueError, match=r"slots must have shape \[any\], got \[3, 2\]"):
+        quantize_keys(torch.zeros(1, 3, 64), pool, slice(0, 1), torch.zeros(3, 2).long())
     with pytest.raises(ValueError, match="k must have head_dim 32, got 64"):
         score_positions(torch.zeros(2, 3, 32), pool, 1.0)
     with pytest.raises(ValueError, match=r"scales must be torch\.bfloat16"):
         QuantizedKeys(pool.data, pool.scales.float())
+    with pytest.raises(ValueError, match="scales must be on cpu like data, got meta"):
+        QuantizedKeys(pool.data, pool.scales.to("meta"))
     with pytest.raises(ValueError, match="data must be int8"):
         QuantizedKeys(pool.data.float(), pool.scales)

@@ -62,11 +62,8 @@ def test_slots_name_the_rows_and_nothing_else_is_read(name, length, seed):
     pool = torch.full((2, length + 9, 64), float("nan"))
     pool[:, slots.long()] = k
     expected = score_positions(q, k, 0.125, impl="reference")
-    if name == "reference":
-        actual = score_positions(q, pool, 0.125, slots=slots, impl="reference")
-    else:
-        with using(name) as impl:
-            actual = score_positions(q, pool, 0.125, slots=slots, impl=impl)
+    with using(name) as impl:
+        actual = score_positions(q, pool, 0.125, slots=slots, impl=impl)
     assert_same_scores(actual, expected)
 
 

@@ -68,5 +68,7 @@ def test_what_does_not_fit_is_refused():
     q, k = inputs(1, 5, 1, 4)
     with pytest.raises(ValueError, match=r"window must be 1 to 4 \(prompt\) tokens, got 5"):
         window_scores(q, k, 1.0)
+    with pytest.raises(ValueError, match=r"query heads .* must be at least 1, got 0"):
+        window_scores(q[:, :1, :0], k, 1.0)
     with pytest.raises(ValueError, match=r"k must be torch\.float32, got torch\.bfloat16"):
         window_scores(q, k.bfloat16(), 1.0)

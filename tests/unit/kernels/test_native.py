@@ -59,6 +59,22 @@ def test_asking_for_what_is_not_compiled_is_refused(absent):
         hetero_kernels.top_positions(torch.zeros(1, 4), 2, impl="native")
 
 
+def test_flags_of_a_level_are_part_of_the_digest(monkeypatch):
+    before = build_native.source_digest()
+    other = build_native._LEVEL_OPTIONS | {"x86-64-v4-bf16": ("-march=x86-64-v4",)}
+    monkeypatch.setattr(build_native, "_LEVEL_OPTIONS", other)
+    assert build_native.source_digest() != before
+
+
+def test_operations_without_compiled_kernels_say_so():
+    heads = torch.zeros(1, 1, 1, 16)
+    positions = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="no impl='native'; auto takes torch"):
+        hetero_kernels.window_scores(heads, heads[0], 1.0, impl="native")
+    with pytest.raises(ValueError, match="no impl='native'; auto takes torch"):
+        hetero_kernels.plan_delta(positions, positions, 1, impl="native")
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="impl must be"):
         hetero_kernels.top_positions(torch.zeros(1, 4), 2, impl="fast")
@@ -87,7 +103,7 @@ def test_a_library_of_another_interface_is_refused(monkeypatch, library_dir):
 @needs_library
 def test_a_struct_of_another_size_is_refused(monkeypatch, library_dir):
     monkeypatch.setattr(native, "BatchStruct", native.ScoreStruct)
-    with pytest.raises(native.NativeError, match="interface version"):
+    with pytest.raises(native.NativeError, match="structs of other sizes"):
         native.open_library(native.library().level, library_dir)
 
 

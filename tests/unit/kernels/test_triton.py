@@ -121,9 +121,17 @@ def test_kernels_of_an_h100_compile_and_fit_its_registers_and_shared_memory(tmp_
         ):
             assert kernel["num_async_copies"] > 0, f"nothing is loaded ahead: {kernel}"
             assert kernel["num_tensor_products"] > 0, kernel
-    # A server whose chunks and batches have other lengths than the last shall not compile again.
-    repeated = [kernel for kernel in kernels if kernel["phase"] == "lengths"]
-    variants = {name: set() for name in {kernel["name"] for kernel in repeated}}
-    for kernel in repeated:
-        variants[kernel["name"]].add(kernel["hash"])
-    assert {name: len(hashes) for name, hashes in variants.items() if len(hashes) > 1} == {}
+    # A server whose prompts, chunks and batches have other lengths shall not compile again.
+    variants: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for kernel in kernels:
+        calls, _, length = kernel["phase"].partition("/")
+        if length:
+            compiled = variants.setdefault(calls, {}).setdefault(length, [])
+            compiled.append((kernel["name"], kernel["hash"]))
+    assert set(variants) == {"chunks", "rows", "prompts", "batches"}
+    for calls, by_length in variants.items():
+        assert len(by_length) > 2, calls
+        first, *others = by_length.items()
+        for length, compiled in others:
+            anew = [name for name, made in compiled if (name, made) not in first[1]]
+            assert anew == [], f"{calls}: {length} after {first[0]}"

@@ -41,6 +41,22 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
+@pytest.mark.parametrize("num_programs", [1, 9])
+def test_what_is_no_number_stays_none(device, num_programs):
+    case = make_decode_case(
+        prompt_lens=[200],
+        kept_lens=[[100]],
+        generated=[1],
+        head_map=[-1, 0],
+        group_size=2,
+        head_dim=16,
+    )
+    case.q[0, 1] = float("nan")
+    _, out = step(case, "triton", device, num_programs)
+    assert out[0].isnan().all(dim=1).tolist() == [False, True, False, False]
+    assert out[0, [0, 2, 3]].isfinite().all()
+
+
 def assert_is_the_references(case, device, num_programs=None):
     expected_layer, expected = step(case, "reference")
     layer, actual = step(case, "triton", device, num_programs)

@@ -8,15 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hetero_kernels import gather_rows, install_rows, scatter_rows
-from tests.property.kernels.test_move_rows import DTYPES, bits, table
+from tests.property.kernels.test_move_rows import DTYPES, bits, some_index, table
 
 few = settings(max_examples=20, suppress_health_check=list(HealthCheck))
-
-
-def some_index(count, limit, *, unique):
-    index = torch.randperm(limit)[:count] if unique else torch.randint(0, limit, (count,))
-    index[::7] = -1
-    return index
 
 
 @few

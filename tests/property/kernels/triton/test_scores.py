@@ -86,6 +86,18 @@ def test_quantised_keys_score_as_what_they_stand_for(device, dtype, bits, head_d
     assert_same_scores(score_positions(**moved, scale=0.2, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("member", [0, 2])
+def test_a_query_that_is_no_number_gives_none(device, member):
+    q, k = torch.randn(2, 3, 16), torch.randn(2, 300, 16)
+    q[0, member, 5] = float("nan")
+    scores = score_positions(q.to(device), k.to(device), 0.25, impl="triton")
+    assert scores[0].isnan().all()
+    assert_same_scores(scores[1], score_positions(q, k, 0.25, impl="reference")[1])
+    window = window_scores(q[:, :, None].to(device), k.to(device), 0.25, impl="triton")
+    assert window[0].isnan().all()
+    assert window[1].isfinite().all()
+
+
 def test_extreme_queries_give_finite_scores(device):
     q = torch.randn(1, 3, 64, device=device) * 1e4
     scores = score_positions(q, torch.randn(1, 300, 64, device=device), 0.125, impl="triton")
