@@ -21,20 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hetero_kernels import DecodeLayer, DecodeWorkspace, topk_overlap
+from hetero_kernels import DecodeLayer, DecodeWorkspace
 from hetero_sglang.cache.decode_tables import DecodeTables
 from hetero_sglang.cache.mailbox import Mailbox
 from hetero_sglang.cache.table_mirror import TableMirror
-from hetero_sglang.cache.transfers import to_device
 from hetero_sglang.errors import ResidencyError
 from hetero_sglang.runtime import HeteroRuntime
 
 if TYPE_CHECKING:
-    from typing import Literal
-
     from numpy.typing import NDArray
 
-    Impl = Literal["auto", "triton", "torch", "reference"]
+    from hetero_kernels.dispatch import Impl
 
 
 class GraphRuntime(HeteroRuntime):
@@ -148,30 +145,18 @@ class GraphRuntime(HeteroRuntime):
     def _check_drift(self, rows: NDArray[np.int64]) -> None:
         if self.tables.num_pivots == 0:
             return
-        overlap, newest = self._measure_drift(rows)
-        self.mailbox.post(partial(self._on_overlaps, rows, self._generation[rows], newest), overlap)
+        prompt_lens = self.blocks.prompt_lens.numpy()
+        for group in self.drift.groups(rows, prompt_lens[rows]):
+            overlap, newest = self.drift.measure(
+                group,
+                self.mirror.prompt_lens,
+                self._scale,
+                width=int(prompt_lens[group].max()),
+                impl=self._impl,
+            )
+            on_overlaps = partial(self._on_overlaps, group, self._generation[group], newest)
+            self.mailbox.post(on_overlaps, overlap)
         self._read_mail()
-
-    def _measure_drift(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        num_pivots, interval = self.tables.num_pivots, self.config.drift_interval
-        index = to_device(rows, self._device)
-        lens = self.mirror.prompt_lens.index_select(0, index)
-        top_k = to_device(self._top_k[rows], self._device)
-        return topk_overlap(
-            self._pivot_queries.index_select(0, index).view(
-                -1, interval, self._group_size, self._head_dim
-            ),
-            keys=self._watched_keys,
-            planes=self._watched_plane.repeat(len(rows)),
-            req_to_token=self._req_to_token,
-            rows=index.repeat_interleave(num_pivots),
-            prompt_lens=lens.repeat_interleave(num_pivots),
-            top_k=top_k.repeat_interleave(num_pivots),
-            reference=self._reference.index_select(0, index).view(-1, self._num_words),
-            scale=self._scale,
-            width=int(self.blocks.prompt_lens.numpy()[rows].max()),
-            impl=self._impl,
-        )
 
     def _on_overlaps(
         self,
@@ -184,7 +169,7 @@ class GraphRuntime(HeteroRuntime):
         if not self._store_is_there:
             return
         generation = dict(zip(rows.tolist(), generations.tolist(), strict=True))
-        for row, pivot, entry in self._drifted(rows, overlap):
+        for row, pivot, entry in self.drift.drifted(rows, overlap):
             if self._generation[row] == generation[row]:
                 self.mailbox.post(
                     partial(self._on_scores, row, generation[row], pivot),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,12 @@ from hetero_kernels import (
     DecodeLayer,
     LayerTensors,
     native_status,
-    score_positions,
-    top_bits,
     top_positions,
-    topk_overlap,
 )
 from hetero_sglang.cache.retrieval import Retrieval, RetrievalCounters
+from hetero_sglang.drift import DriftWatch
 from hetero_sglang.errors import HeteroError, ResidencyError
 from hetero_sglang.policy.budget import HeadBudget, allocate_budget
-from hetero_sglang.policy.drift import drift_verdict
 from hetero_sglang.policy.plan import refresh_target
 from hetero_sglang.policy.selection import protect
 from hetero_sglang.prefill import Prefill, PrefillPath
@@ -54,19 +50,6 @@ _RESERVE_WAIT_S = 0.25
 asked when the chunk began, so only a stopped daemon makes anyone wait."""
 
 
-@dataclass
-class DriftCounters:
-    """Drift totals since start.
-
-    Attributes:
-        checks: Pivots checked.
-        events: Pivots found to have drifted.
-    """
-
-    checks: int = 0
-    events: int = 0
-
-
 class HeteroRuntime:
     """Residency of all requests of one model on one device.
 
@@ -77,7 +60,7 @@ class HeteroRuntime:
         staging: Staging pool.
         store: Host copy in memd; None when retrieval is off.
         watch: Watched keys of budgeted pivots; None where pivots watch with their rows, or not.
-        drift: Drift totals.
+        drift: What drift checks know.
     """
 
     def __init__(
@@ -114,43 +97,27 @@ class HeteroRuntime:
         self.staging = staging
         self.store = store
         self.watch = watch
-        self.drift = DriftCounters()
         self.store_skipped = 0
         self._k_resident = k_resident
         self._v_resident = v_resident
         self._req_to_token = req_to_token
         self._group_size = group_size
-        num_rows, context = req_to_token.shape
-        head_dim = k_resident.shape[2]
-        self._head_dim = head_dim
+        self._head_dim = k_resident.shape[2]
         self._prefills: dict[int, Prefill] = {}
         # Staging extents that are being read by copies to memd: first slot and slots.
         self._leaving: dict[int, int] = {}
         self._decoding: dict[int, HeadBudget] = {}
-        self._is_watched = np.zeros(num_rows, dtype=np.bool_)
-        self._top_k = np.zeros(num_rows, dtype=np.int32)
-        self._num_words = -(-context // 32)
         self._is_watching = store is not None and config.is_watching
         assert watch is not None or not (self._is_watching and config.has_watch_pool)
-        watching_rows = num_rows if self._is_watching else 0
-        self._reference = torch.zeros(
-            watching_rows,
-            tables.num_pivots,
-            self._num_words,
-            dtype=torch.int32,
-            device=k_resident.device,
+        self.drift = DriftWatch(
+            tables=tables,
+            config=config,
+            keys=k_resident if watch is None else watch.keys,
+            req_to_token=req_to_token,
+            queries_like=k_resident,
+            group_size=group_size,
+            is_on=self._is_watching,
         )
-        self._pivot_queries = torch.zeros(
-            watching_rows,
-            tables.num_pivots,
-            config.drift_interval,
-            group_size,
-            head_dim,
-            dtype=k_resident.dtype,
-            device=k_resident.device,
-        )
-        self._watched_keys = k_resident if watch is None else watch.keys
-        self._watched_plane = torch.from_numpy(tables.watched_plane).to(k_resident.device)
         self._rule = config.budget_rule(tables)
         self._prompts = PrefillPath(
             tables=tables,
@@ -170,7 +137,7 @@ class HeteroRuntime:
             Retrieval(store, blocks, config.landing_rows) if store is not None else None
         )
         self._is_memd_lost = False
-        self._scale = head_dim**-0.5
+        self._scale = self._head_dim**-0.5
         self.budget_for = lru_cache(maxsize=4096)(self._budget_for)
 
     # -- admission ---------------------------------------------------------------------
@@ -234,6 +201,11 @@ class HeteroRuntime:
         for index, row in enumerate(rows.tolist()):
             prefill = self._prefills.get(row)
             if prefill is None:
+                if row not in self._decoding:
+                    raise ResidencyError(
+                        f"row {row} was given no prompt by the request table: a feature of SGLang "
+                        "makes rows by itself, which --kv-policy heterocache does not serve"
+                    )
                 decoding.append(index)
                 continue
             if prefill.staging_start is None:
@@ -256,7 +228,7 @@ class HeteroRuntime:
         if prefill is not None and prefill.staging_start is not None:
             self.staging.extents.free(prefill.staging_start)
         self._decoding.pop(row, None)
-        self._is_watched[row] = False
+        self.drift.end(row)
         self.blocks.free_row(row)
         if self._retrieval is not None:
             self._retrieval.forget(row)
@@ -348,7 +320,7 @@ class HeteroRuntime:
             ):
                 self._retrieval.begin(row, prefill.num_tokens, prefill.kept_positions())
                 if prefill.pivot_queries is not None:
-                    self._set_references(row, prefill.pivot_queries, budget)
+                    self.drift.begin(row, prefill.pivot_queries, budget, self._scale)
             else:
                 self.store_skipped += 1
                 self.store.free_row(row)
@@ -362,19 +334,6 @@ class HeteroRuntime:
         """Gives back an extent that nobody reads any more."""
         del self._leaving[start]
         self.staging.extents.free(start)
-
-    def _set_references(self, row: int, queries: torch.Tensor, budget: HeadBudget) -> None:
-        """Sets every pivot's reference set by its last prompt query, with the keys it watches."""
-        scores = score_positions(
-            queries,
-            self._watched_keys,
-            self._scale,
-            planes=self._watched_plane,
-            slots=self._req_to_token[row, : budget.num_tokens],
-        )
-        self._reference[row] = top_bits(scores, budget.reference_size, self._num_words)
-        self._is_watched[row] = True
-        self._top_k[row] = budget.reference_size
 
     def _wants_store(self, budget: HeadBudget) -> bool:
         return self._is_watching and self._store_is_there and not budget.keeps_everything
@@ -405,7 +364,7 @@ class HeteroRuntime:
         self._retrieval.install_landed()
         rows_np = rows.numpy()
         steps = seq_lens.numpy() - self.blocks.prompt_lens.numpy()[rows_np] - 1
-        is_due = self._is_watched[rows_np] & (steps > 0) & (steps % self.config.drift_interval == 0)
+        is_due = self.drift.is_due(rows_np, steps)
         if is_due.any():
             self._check_drift(rows_np[is_due])
         if self._retrieval.is_idle:
@@ -462,7 +421,7 @@ class HeteroRuntime:
             group_size=self._group_size,
             req_to_token=self._req_to_token,
             block_positions=self.blocks.positions,
-            pivot_queries=self._pivot_queries if watch else None,
+            pivot_queries=self.drift.pivot_queries if watch else None,
             pivot_map=torch.from_numpy(heads.pivot_map) if watch else None,
         )
 
@@ -470,42 +429,11 @@ class HeteroRuntime:
         """Compares the pivots' newest attention with their references; sets targets."""
         if self.tables.num_pivots == 0:
             return
-        overlap, newest = self._measure_drift(rows)
-        for row, pivot, entry in self._drifted(rows, overlap.numpy()):
-            best, scores = self._rank_anew(row, pivot, newest[entry])
-            self._retarget(row, pivot, best.numpy(), scores.numpy())
-
-    def _measure_drift(self, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overlap of every pivot of these rows, [rows * pivots, S], and its newest scores."""
-        num_pivots, interval = self.tables.num_pivots, self.config.drift_interval
-        index = torch.from_numpy(rows)
-        lens = self.blocks.prompt_lens.index_select(0, index)
-        return topk_overlap(
-            self._pivot_queries.index_select(0, index).view(
-                -1, interval, self._group_size, self._head_dim
-            ),
-            keys=self._watched_keys,
-            planes=self._watched_plane.repeat(len(rows)),
-            req_to_token=self._req_to_token,
-            rows=index.repeat_interleave(num_pivots),
-            prompt_lens=lens.repeat_interleave(num_pivots),
-            top_k=torch.from_numpy(self._top_k[rows]).repeat_interleave(num_pivots),
-            reference=self._reference.index_select(0, index).view(-1, self._num_words),
-            scale=self._scale,
-        )
-
-    def _drifted(
-        self, rows: NDArray[np.int64], overlap: NDArray[np.float32]
-    ) -> list[tuple[int, int, int]]:
-        """Row, pivot and entry of ``overlap`` of each pivot that drifted; counts."""
-        num_pivots = self.tables.num_pivots
-        drifted = np.flatnonzero(drift_verdict(overlap, self.config.drift_threshold))
-        self.drift.checks += overlap.shape[0]
-        self.drift.events += len(drifted)
-        return [
-            (int(rows[entry // num_pivots]), entry % num_pivots, entry)
-            for entry in drifted.tolist()
-        ]
+        for group in self.drift.groups(rows, self.blocks.prompt_lens.numpy()[rows]):
+            overlap, newest = self.drift.measure(group, self.blocks.prompt_lens, self._scale)
+            for row, pivot, entry in self.drift.drifted(group, overlap.numpy()):
+                best, scores = self._rank_anew(row, pivot, newest[entry])
+                self._retarget(row, pivot, best.numpy(), scores.numpy())
 
     def _refresh_sizes(self, row: int, pivot: int) -> list[int]:
         """How many of the pivot's best each head that it refreshes must have."""
@@ -518,7 +446,7 @@ class HeteroRuntime:
         """Replaces a pivot's reference; its best positions, best first, and scores to rank by."""
         budget = self._decoding[row]
         scores = scores[: budget.num_tokens]
-        self._reference[row, pivot] = top_bits(scores, budget.reference_size, self._num_words)
+        self.drift.set_reference(row, pivot, scores, budget.reference_size)
         scores = protect(scores, self.config.window)
         count = max(self._refresh_sizes(row, pivot), default=0)
         return top_positions(scores, count, order="best"), scores
@@ -539,7 +467,7 @@ class HeteroRuntime:
         assert self._retrieval is not None
         self._retrieval.install_landed()
         self._retrieval.drop_targets()
-        self._is_watched[:] = False
+        self.drift.end_all()
         if not self._is_memd_lost:
             self._is_memd_lost = True
             logger.warning(

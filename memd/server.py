@@ -295,9 +295,10 @@ class Server:
         # Unroutable and blocked replies are errors to be counted here, instead of being dropped
         # inside.
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # Of a connection that claims another's name libzmq (4.3.5) keeps 35 KiB for ever. With
-        # ROUTER_HANDOVER it now and then keeps a descriptor instead, and there are fewer of those.
-        # Names that it gives itself cannot be claimed.
+        # ROUTER_HANDOVER stays off. Without it libzmq (4.3.5) keeps 35 KiB for ever of a connection
+        # that claims another's name; with it, now and then a descriptor, and there are fewer of
+        # those. Names that it gives itself cannot be claimed.
+
         # The service refuses long frames with a reply; far longer ones end the connection unread.
         self._router.setsockopt(zmq.MAXMSGSIZE, 4 * config.max_frame_bytes)
         self._router.bind(endpoint.address)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from hypothesis.stateful import rule
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import build_replay_fb_view
@@ -98,7 +99,11 @@ class Runner:
         self.out = torch.full_like(self.q, nan)
         self.layers = [
             SimpleNamespace(
-                layer_id=layer, scaling=eager.SCALE, is_cross_attention=False, logit_cap=0.0
+                layer_id=layer,
+                scaling=eager.SCALE,
+                is_cross_attention=False,
+                sliding_window_size=-1,
+                logit_cap=0.0,
             )
             for layer in range(LAYERS)
         ]
@@ -265,11 +270,19 @@ class CapturedMachine(eager.Machine):
         for pool, untouched in zip(pools, before, strict=True):
             assert torch.equal(pool.view(torch.uint8), untouched.view(torch.uint8))
 
+    @rule()
+    def hold_mail_back(self) -> None:
+        self.mail.is_held = True
+
+    @rule()
+    def let_mail_come(self) -> None:
+        self.mail.is_held = False
+
     def pools(self) -> list[torch.Tensor]:
         runtime = self.runtime
         blocks = (runtime.blocks.k, runtime.blocks.v, runtime.blocks.positions)
         resident = (runtime._k_resident, runtime._v_resident)
-        return [t for t in (*blocks, *resident, runtime._pivot_queries) if t.numel()]
+        return [t for t in (*blocks, *resident, runtime.drift.pivot_queries) if t.numel()]
 
     def step(self, batch: list[eager.Request]) -> None:
         ids = [self.extend_ids(r, 1)[0] for r in batch]

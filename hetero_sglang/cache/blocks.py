@@ -139,11 +139,12 @@ class BlockPool:
         owned = self._num_owned[row]
         total = int(owned.sum())
         if total:
-            mask = np.arange(self._table.shape[2])[None] < owned[:, None]
-            blocks = self._table[row][mask]
-            self._free[self._num_free : self._num_free + total] = blocks
+            # Not over the whole context's width, which is mostly nobody's.
+            table = self._table[row, :, : owned.max()]
+            mask = np.arange(table.shape[1])[None] < owned[:, None]
+            self._free[self._num_free : self._num_free + total] = table[mask]
             self._num_free += total
-            self._table[row][mask] = -1
+            table[mask] = -1
             self._num_owned[row] = 0
         self._kept[row] = 0
         self._prompt[row] = 0

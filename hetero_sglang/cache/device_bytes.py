@@ -15,8 +15,23 @@ from hetero_sglang.cache.prompt_copies import num_scratch_pages
 POSITION_BYTES = 4
 """Of a row of the block pool, beside its K and V."""
 
+DRIFT_SCRATCH_BYTES = 256 * 2**20
+"""Scores that one check of drift may hold on a device: more rows are checked group by group. The
+newest query's scores of every group live until the host has read which pivots drifted."""
+
 _WORD_BYTES = 4
 _WORD_BITS = 32
+
+
+def check_bytes(num_pivots: int, num_queries: int, num_tokens: int) -> int:
+    """Bytes of the scores of one row's check of drift: of each query, and the newest one's twice.
+
+    Args:
+        num_pivots: Pivots of the model.
+        num_queries: Queries of a pivot, S.
+        num_tokens: Tokens of the prompt, or of the longest that is checked with it.
+    """
+    return num_pivots * (num_queries + 1) * num_tokens * _WORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -75,9 +90,21 @@ class DeviceTables:
         return self.num_rows * self.num_pivots * (queries + reference)
 
     @property
+    def drift_scratch_bytes(self) -> int:
+        """Bytes of scores (``check_bytes``) while a group of rows is checked for drift."""
+        one = check_bytes(self.num_pivots, self.drift_interval, self.table_tokens)
+        return min(self.num_rows * one, max(DRIFT_SCRATCH_BYTES, one))
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all of them."""
-        return self.mirror_bytes + self.batch_bytes + self.workspace_bytes + self.drift_bytes
+        return (
+            self.mirror_bytes
+            + self.batch_bytes
+            + self.workspace_bytes
+            + self.drift_bytes
+            + self.drift_scratch_bytes
+        )
 
     @property
     def _max_reqs(self) -> int:

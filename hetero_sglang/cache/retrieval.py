@@ -1,11 +1,11 @@
 """Rows on their way back: targets after drift, fetches in flight, installation.
 
 A satellite with a *target* wants other positions than it holds. Each step the missing
-ones of all satellites go to memd in one message, best score first, as many as the
-landing ring takes; the rest follows later. Until rows land, attention goes on over what
-is there: stale, but valid. A head has at most one fetch in flight, so the slots named at
-issue are still right at installation. A fetch is in flight until its rows are installed: memd
-gathers them, then they go to the pools' device (``cache/landing.py``).
+ones of all satellites go to memd in one message, of each the best score first, as many as an empty
+landing ring takes; while rows in flight leave less room than that, the message waits. Until rows
+land, attention goes on over what is there: stale, but valid. A head has at most one fetch in
+flight, so the slots named at issue are still right at installation. A fetch is in flight until its
+rows are installed: memd gathers them, then they go to the pools' device (``cache/landing.py``).
 """
 
 from __future__ import annotations

@@ -31,6 +31,14 @@ def drift_verdict(overlap: NDArray[np.float32], threshold: float) -> NDArray[np.
     return np.asarray(np.median(overlap, axis=1) < threshold)
 
 
-def is_check_due(num_steps: int, interval: int) -> bool:
-    """Whether ``num_steps`` finished decode steps end a drift interval."""
-    return num_steps > 0 and num_steps % interval == 0
+def is_check_due(num_steps: NDArray[np.int64], interval: int) -> NDArray[np.bool_]:
+    """Whether so many finished decode steps end a drift interval.
+
+    Args:
+        num_steps: Steps of each request, int64 [num_reqs].
+        interval: Steps from check to check, S.
+
+    Returns:
+        bool [num_reqs].
+    """
+    return np.asarray((num_steps > 0) & (num_steps % interval == 0))

@@ -2,7 +2,8 @@
 
 SGLang's scheduler counts logical tokens; those stay as they are. A request also needs a
 staging extent for its prompt, blocks for what its compressed heads keep, and blocks for
-what it will generate. Only integers known to every rank are used.
+what it will generate. What staging has free depends on when this process's copies to memd are done:
+ranks, which must admit alike, would have to agree on it first (they are refused so far).
 """
 
 from __future__ import annotations

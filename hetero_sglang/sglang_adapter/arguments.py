@@ -25,6 +25,8 @@ ATTENTION_BACKEND = "heterocache"
 ENVIRONMENT_SWITCH = "HETERO_KV_POLICY"
 """Set in the main process when the policy is on, so that children register their hooks."""
 
+_GLUE_GRAPH = "SGLANG_ENABLE_METADATA_GLUE_GRAPH"
+
 DEFAULT_MAX_RUNNING_REQUESTS = 64
 """SGLang's own default (thousands of rows) would make per-request tables huge."""
 
@@ -81,7 +83,7 @@ def add_cli_args(original: Any, parser: argparse.ArgumentParser) -> None:
         type=float,
         default=_DEFAULTS.ratio,
         help="Share of a prompt's KV bytes that stays on the device, above the profile's floor and "
-        "at most 1 (= full attention).",
+        "at most 1 (= full attention; with --kv-policy-preset paper a little less).",
     )
     group.add_argument(
         "--kv-policy-preset",
@@ -235,6 +237,11 @@ def from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
             fail(
                 f"{flag} {given} contradicts --kv-policy heterocache, which brings its own; drop it"
             )
+    if (glue := os.environ.get(_GLUE_GRAPH, "")).lower() in ("1", "true", "yes", "y"):
+        fail(
+            f"{_GLUE_GRAPH}={glue} does not go with --kv-policy heterocache: what the host does "
+            "before a decode step would be captured in a graph, and done once; unset it"
+        )
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
 
     add_attention_backend_choices([ATTENTION_BACKEND])

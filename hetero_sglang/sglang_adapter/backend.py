@@ -21,6 +21,7 @@ from hetero_sglang.sglang_adapter.admission import HeteroAllocator
 from hetero_sglang.sglang_adapter.hooks import verify_hooks
 from hetero_sglang.sglang_adapter.memory_daemon import connect_memory_daemon
 from hetero_sglang.sglang_adapter.pool import HeteroKVPool
+from hetero_sglang.sglang_adapter.refusals import check_layer
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +173,7 @@ class HeteroAttentionBackend(AttentionBackend):
             raise ConfigError(
                 "the model writes KV by a fused kernel, which --kv-policy heterocache cannot serve"
             )
-        if layer.is_cross_attention or layer.logit_cap:
-            raise ConfigError(
-                f"layer {layer.layer_id} uses cross attention or a logit cap, which "
-                "--kv-policy heterocache does not serve"
-            )
+        check_layer(layer)
 
 
 def _build_runtime(

@@ -29,6 +29,7 @@ from hetero_sglang.profiler.observation import newest_attention
 from hetero_sglang.profiler.texts import read_texts
 from hetero_sglang.profiler.watching import take_layers, weights_digest
 from hetero_sglang.report import profile_summary
+from hetero_sglang.sglang_adapter.refusals import check_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -187,17 +188,7 @@ class _WatchedAttention(AttentionBackend):
         Raises:
             ConfigError: The layer's attention is not causal attention over all tokens.
         """
-        if (
-            layer.sliding_window_size not in (None, -1)
-            or layer.logit_cap
-            or layer.is_cross_attention
-            or kwargs.get("sinks") is not None
-        ):
-            raise ConfigError(
-                f"layer {layer.layer_id} attends in a way that cannot be calibrated (window "
-                f"{layer.sliding_window_size}, logit cap {layer.logit_cap}); serve this model "
-                "without --kv-policy heterocache"
-            )
+        check_layer(layer, has_sinks=kwargs.get("sinks") is not None)
         heads, head_dim = self._shape.num_kv_heads, layer.head_dim
         query, key, value = (
             rows.view(-1, count, head_dim).transpose(0, 1)

@@ -73,6 +73,7 @@ SCHEDULER_TARGETS: tuple[str, ...] = (
     _BUDGET + "reserve",
     _SRT + "managers.scheduler.Scheduler.get_prefill_adder_class",
     _SRT + "managers.schedule_policy.PrefillAdder.add_one_req",
+    _SRT + "beam_search.coordinator.BeamCoordinator.validate_and_init",
     _BACKEND + "init_forward_metadata",
     _BACKEND + "forward_extend",
     _BACKEND + "forward_decode",

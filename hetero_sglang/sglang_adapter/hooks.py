@@ -84,6 +84,18 @@ def choose_prefill_adder(original: Any, self: Any) -> Any:
     return HeteroPrefillAdder
 
 
+def refuse_beam_search(original: Any, *args: Any, **kwargs: Any) -> str:
+    """Answers requests for beam search, which no flag announces, with an error (AROUND).
+
+    Beams are rows that share token ids; the rows of compressed heads would have to be copied for
+    each, which nobody does.
+    """
+    return (
+        "Beam search is not supported with --kv-policy heterocache; send beam_width 1, or serve "
+        "without the flag."
+    )
+
+
 def refuse_fused_write(original: Any, *args: Any, **kwargs: Any) -> bool:
     """Keeps models from writing the stock KV layout themselves (AROUND)."""
     return False
@@ -107,6 +119,10 @@ _HOOKS: dict[str, tuple[Callable[..., Any], HookType]] = {
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.alloc": (announce_requests, HookType.AROUND),
     "sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class": (
         choose_prefill_adder,
+        HookType.AROUND,
+    ),
+    "sglang.srt.beam_search.coordinator.BeamCoordinator.validate_and_init": (
+        refuse_beam_search,
         HookType.AROUND,
     ),
     "sglang.srt.models.utils.enable_fused_set_kv_buffer": (refuse_fused_write, HookType.AROUND),

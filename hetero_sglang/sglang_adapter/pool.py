@@ -52,7 +52,7 @@ class HeteroKVPool(MHATokenToKVPool):
         self._init_data_ptrs_and_strides()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of K and of V in all three areas."""
+        """Bytes of K and of V in all four areas."""
         half = self.shape.total_bytes // 2
         return half, half
 

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hetero_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNTESTED_CUDA = "HETERO_SGLANG_UNTESTED_CUDA"
 """Set to 1, it lets the policy start on a CUDA device, where nobody has run it yet."""
 
@@ -196,6 +199,45 @@ def check_server_args(args: Any) -> None:
             "%s=1: --kv-policy heterocache has not been run on a GPU yet; compare its answers with "
             "stock SGLang's before you trust them",
             UNTESTED_CUDA,
+        )
+
+
+def check_kv_dtype(kv_dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+    """Refuses KV of another dtype than the model's, whether a flag or the checkpoint asks for it.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if kv_dtype != model_dtype or kv_dtype not in KV_DTYPES:
+        raise ConfigError(
+            f"KV of {kv_dtype} for a model of {model_dtype} does not go with --kv-policy "
+            "heterocache: rows are kept in the model's dtype, which is float32, bfloat16 or "
+            "float16; name one of these with --dtype and leave --kv-cache-dtype to auto, or serve "
+            "without --kv-policy heterocache"
+        )
+
+
+def check_layer(layer: Any, *, has_sinks: bool = False) -> None:
+    """Refuses a layer whose attention is not causal attention over all tokens.
+
+    Args:
+        layer: SGLang's ``RadixAttention``.
+        has_sinks: Whether its call brought attention sinks.
+
+    Raises:
+        ConfigError: Naming the layer and what it asks for.
+    """
+    window = layer.sliding_window_size
+    if (
+        layer.is_cross_attention
+        or layer.logit_cap
+        or (window is not None and window != -1)
+        or has_sinks
+    ):
+        raise ConfigError(
+            f"layer {layer.layer_id} attends in a way that --kv-policy heterocache does not serve "
+            f"(cross attention: {layer.is_cross_attention}, logit cap: {layer.logit_cap}, window: "
+            f"{window}, sinks: {has_sinks}); serve this model without the flag"
         )
 
 

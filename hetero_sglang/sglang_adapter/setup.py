@@ -13,7 +13,7 @@ from hetero_sglang.cache.sizing import SizingRule
 from hetero_sglang.cache.watch import tables_for, watched_key_bytes
 from hetero_sglang.config import HeteroConfig
 from hetero_sglang.sglang_adapter.arguments import resolve_profile
-from hetero_sglang.sglang_adapter.refusals import check_model_config
+from hetero_sglang.sglang_adapter.refusals import check_kv_dtype, check_model_config
 
 if TYPE_CHECKING:
     from hetero_sglang.policy.roles import RoleTables
@@ -121,6 +121,7 @@ def setup_for(configurator: Any) -> Setup:
     else:
         profile = resolve_profile(config, plain)
     dtype: torch.dtype = configurator.kv_cache_dtype
+    check_kv_dtype(dtype, model.dtype)
     tables = heads_of(config, profile, dtype.itemsize)
     key_bytes = 0
     if config.has_watch_pool:

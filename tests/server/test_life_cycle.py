@@ -118,22 +118,3 @@ def test_answers_after_the_storm_are_those_of_before(
     server.get("/flush_cache")
     # The first tokens come before any fetch could land, so async retrieval cannot change them.
     assert server.generate(reference.ids(spec), 8).token_ids == before.token_ids
-
-
-def test_used_bytes_while_decoding_are_the_ratios_share(
-    servers: ServerPool, reference: Reference
-) -> None:
-    server = servers.get(*policy_flags(0.5))
-    with server.stream(reference.ids(PromptSpec("code", 4_000)), 200) as chunks:
-        next(chunks)
-        # The prompt's rows have gone to memd a few steps later, and staging is free.
-        for chunk in chunks:
-            if chunk.num_tokens >= 10:
-                break
-        state = server.heterocache()
-    used = {name: area["used_bytes"] for name, area in state["areas"].items()}
-    held = used["resident"] + used["watch"] + used["blocks"]
-    assert used["staging"] == 0
-    assert state["memd"]["pages_used"] > 0
-    # Half of the prompt, all of the tail, and blocks that are not full.
-    assert 0.48 <= held / state["full_equivalent_bytes"] <= 0.54

@@ -60,6 +60,10 @@ REFUSED = {
         r"--speculative-algorithm",
     ),
     "mixed chunks": ((*POLICY, "--enable-mixed-chunk"), r"--enable-mixed-chunk"),
+    "KV of another dtype": (
+        (*POLICY, "--kv-cache-dtype", "bf16"),
+        r"torch\.bfloat16 for a model of torch\.float32.*leave --kv-cache-dtype to auto",
+    ),
     "8-bit KV": ((*POLICY, "--kv-cache-dtype", "fp8_e4m3"), r"--kv-cache-dtype fp8_e4m3"),
 }
 
@@ -138,12 +142,6 @@ def test_a_config_file_sets_the_same_flags(
     # int4 with a 16-bit scale for 32 elements, of 30 pivots, for every token id.
     assert state["areas"]["watch"]["capacity_bytes"] == 4097 * 30 * (32 + 4)
     assert state["prefix_reuse"] is False
-
-
-def test_auto_takes_the_shipped_profile_and_says_which(servers: ServerPool) -> None:
-    server = servers.get(*policy_flags(0.5))
-    assert server.heterocache()["profile"].endswith(PROFILE_PATH.stem)
-    assert PROFILE_PATH.stem in server.log()
 
 
 def test_without_the_flag_the_server_is_stock(servers: ServerPool) -> None:

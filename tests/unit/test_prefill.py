@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hetero_kernels import triton_support
+from hetero_sglang.errors import ResidencyError
 from hetero_sglang.prefill import ExtendSpan
 from tests.fake_graph import NoHostSync, guarded
 from tests.property.cache import test_runtime as eager
@@ -55,7 +56,7 @@ def test_selection_and_moves_wait_for_nothing(
     for name in ("extend_attention", "score_positions", "top_positions", "window_scores"):
         # The package's name is taken by the function in it.
         module = importlib.import_module(f"hetero_kernels.{name}")
-        monkeypatch.setattr(module, "resolve", lambda *_: "triton")
+        monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     machine = Guarded()
     machine.start(retrieval=retrieval, variant=variant, seed=3)
     for prompt_len, chunk in ((5, 5), (40, 40), (33, 31)):
@@ -64,6 +65,18 @@ def test_selection_and_moves_wait_for_nothing(
             machine.go_on(chunk=chunk)
         machine.pools_agree()
         machine.flush()
+    machine.teardown()
+
+
+def test_a_row_that_nobody_announced_gets_nothing() -> None:
+    machine = eager.Machine()
+    machine.start(retrieval="off", variant=eager.VARIANTS[0], seed=1)
+    machine.admit(prompt_len=20, chunk=20)
+    (mine,) = machine.live
+    before = machine.runtime.blocks.num_free
+    with pytest.raises(ResidencyError, match="row 3 was given no prompt"):
+        machine.runtime.allocate(np.array([mine, 3]), np.array([21, 40]))
+    assert machine.runtime.blocks.num_free == before
     machine.teardown()
 
 

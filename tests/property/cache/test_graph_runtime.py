@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, rule
+from hypothesis.stateful import initialize
 
 from tests.captured_machine import CapturedMachine
 from tests.property.cache.test_runtime import VARIANTS
@@ -19,14 +19,6 @@ class Machine(CapturedMachine):
     )
     def start(self, retrieval: str, variant: tuple[str, str, int], seed: int) -> None:
         self.begin(retrieval, variant, seed)
-
-    @rule()
-    def hold_mail_back(self) -> None:
-        self.mail.is_held = True
-
-    @rule()
-    def let_mail_come(self) -> None:
-        self.mail.is_held = False
 
 
 TestGraphRuntime = Machine.TestCase

@@ -75,14 +75,6 @@ class LateMachine(Late, CapturedMachine):
         self.transfers = HeldTransfers()
         self.begin(retrieval, variant, seed)
 
-    @rule()
-    def hold_mail_back(self) -> None:
-        self.mail.is_held = True
-
-    @rule()
-    def let_mail_come(self) -> None:
-        self.mail.is_held = False
-
 
 TestEager = EagerMachine.TestCase
 TestEager.settings = TESTED

@@ -81,4 +81,4 @@ def test_drift_is_the_median_below_the_threshold() -> None:
 
 
 def test_checks_end_each_interval_and_never_precede_the_first_step() -> None:
-    assert [t for t in range(12) if is_check_due(t, 5)] == [5, 10]
+    assert np.flatnonzero(is_check_due(np.arange(12), 5)).tolist() == [5, 10]

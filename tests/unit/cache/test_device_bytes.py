@@ -55,7 +55,11 @@ def test_tables_scratch_and_drift_state_are_counted(retrieval: str) -> None:
     assert held.workspace_bytes == bytes_of(
         [tensor for tensor in workspace if isinstance(tensor, torch.Tensor)]
     )
-    assert held.drift_bytes == bytes_of(runtime._pivot_queries, runtime._reference)
+    assert held.drift_bytes == bytes_of(runtime.drift.pivot_queries, runtime.drift.reference)
+    # Scores of all rows while they are checked: of each query, and the newest one's again.
+    width = eager.CONTEXT * eager.ROWS * held.num_pivots * 4
+    assert held.drift_scratch_bytes == width * (runtime.config.drift_interval + 1)
+    assert held.total_bytes > held.drift_scratch_bytes + held.drift_bytes
     blocks = runtime.blocks
     assert blocks.positions.nbytes == blocks.num_blocks * blocks.block_tokens * POSITION_BYTES
     if retrieval != "off":

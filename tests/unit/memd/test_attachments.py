@@ -178,11 +178,11 @@ def test_words_on_the_connection_are_ignored(hall: Hall) -> None:
 
 
 def test_who_never_says_hello_is_let_go(hall: Hall) -> None:
-    hall.attachments = hall.attach(dataclasses.replace(CONFIG, hello_grace_s=0.001))
+    hall.attachments = hall.attach(dataclasses.replace(CONFIG, hello_grace_s=0.2))
     peer = hall.connect()
     hall.look()
     assert hall.num_sessions == 1
-    select.select([], [], [], 0.01)
+    select.select([], [], [], 0.25)
     hall.look()
     assert hall.num_sessions == 0
     assert not hall.attachments.needs_polling

@@ -45,7 +45,8 @@ def test_memory_goes_back_reads_as_zeros_and_can_be_written_again(memfd: int) ->
         punch_hole(memfd, 4 * MIB, 8 * MIB)
 
         assert allocated_bytes(memfd) == 8 * MIB
-        assert full_rss - shared_rss_bytes() == 8 * MIB
+        # Some kernels count a few pages of each processor later.
+        assert full_rss - shared_rss_bytes() == pytest.approx(8 * MIB, abs=MIB)
         assert memory[4 * MIB - 1] == 1
         assert memory[12 * MIB] == 1
         assert memory[4 * MIB : 12 * MIB] == bytes(8 * MIB)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hetero_sglang.config import HeteroConfig, parse_bytes
 from hetero_sglang.errors import ConfigError
@@ -209,6 +210,46 @@ def test_defaults_of_sglang_are_not_refused() -> None:
 def test_models_without_full_attention_are_refused(config: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         refusals.check_model_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kv", "model"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_kv_of_another_dtype_is_refused(kv: torch.dtype, model: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match=f"{kv} for a model of {model}.*--kv-cache-dtype to auto"):
+        refusals.check_kv_dtype(kv, model)
+    for dtype in refusals.KV_DTYPES:
+        refusals.check_kv_dtype(dtype, dtype)
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"),
+    [
+        ({"sliding_window_size": 4096}, "window: 4096"),
+        ({"logit_cap": 30.0}, r"logit cap: 30\.0"),
+        ({"is_cross_attention": True}, "cross attention: True"),
+    ],
+)
+def test_layers_without_full_attention_are_refused(
+    difference: dict[str, object], reason: str
+) -> None:
+    plain = {
+        "layer_id": 3,
+        "sliding_window_size": -1,
+        "logit_cap": 0.0,
+        "is_cross_attention": False,
+    }
+    refusals.check_layer(SimpleNamespace(**plain))
+    refusals.check_layer(SimpleNamespace(**plain | {"sliding_window_size": None}))
+    with pytest.raises(ConfigError, match=f"layer 3 .*{reason}"):
+        refusals.check_layer(SimpleNamespace(**plain | difference))
+    with pytest.raises(ConfigError, match="sinks: True"):
+        refusals.check_layer(SimpleNamespace(**plain), has_sinks=True)
 
 
 def test_a_window_that_is_switched_off_is_no_reason() -> None:

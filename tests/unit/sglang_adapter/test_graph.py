@@ -181,13 +181,13 @@ def test_mail_about_a_request_that_has_ended_moves_nothing(num_let_through: int)
     machine.admit(prompt_len=9, chunk=9)
     assert list(machine.live) == [1]
     held = [positions.copy() for positions in runtime.kept_positions(1)]
-    reference = runtime._reference[1].clone()
+    reference = runtime.drift.reference[1].clone()
     machine.mail.is_held = False
     # Of the new request no check is due at its first step.
     machine.decode(steps=1)
     assert runtime.mailbox.num_letters == 0
     assert runtime._retrieval.is_idle
-    assert torch.equal(runtime._reference[1], reference)
+    assert torch.equal(runtime.drift.reference[1], reference)
     for positions, expected in zip(runtime.kept_positions(1), held, strict=True):
         assert positions.tolist() == expected.tolist()
     machine.pools_agree()
