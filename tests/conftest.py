@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -51,6 +52,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Take what imports have made out of the garbage collector's sight.
+
+    Looking through all of torch and SGLang stops this process for long, in the middle of what some
+    tests bound in time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Give it back, so that libraries find what they made when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,9 @@ _TICK_S = 0.02
 _ASK_EVERY_S = 0.05
 _LINGER_S = 1.0
 _LEAVE_BOUND_S = 20.0
+# How long nothing changes in a daemon at rest, and how long it may take to be as it was at first.
+_SETTLED_S = 0.3
+_SETTLING_BOUND_S = 3.0
 _MEAN_VACANCY_S = 0.1
 _MAX_PAUSE_S = 1.2
 _MAX_DEATH_S = 1.0
@@ -336,8 +339,11 @@ class Chaos:
 
     def _measure(self, daemon: Daemon) -> None:
         """A daemon's footprint, once it has let everybody go."""
-        deadline = time.monotonic() + RECLAIM_BOUND_S + SCRUB_BOUND_S
+        began = time.monotonic()
+        deadline = began + RECLAIM_BOUND_S + SCRUB_BOUND_S
+        first = self._report.calms[0].footprint if self._report.calms else None
         previous: Footprint | None = None
+        since = began
         while True:
             self._tick()
             assert daemon.probe is not None
@@ -349,11 +355,18 @@ class Chaos:
             region = stats["region"]
             is_free = region["free_bytes"] == region["bytes"] and not stats["clients"]
             is_free &= not stats.get("disk", {}).get("pages")
-            # Connections that were left are closed by ZeroMQ's own thread, a little later.
-            if is_free and previous is not None and footprint.num_fds == previous.num_fds:
+            # Connections that were left are closed by ZeroMQ's own thread, a little later: it is
+            # given time to come to what it was at first, or else (at first) to change no more.
+            now = time.monotonic()
+            if previous is None or footprint.num_fds != previous.num_fds:
+                previous, since = footprint, now
+            is_settled = now - since > _SETTLED_S
+            if first is not None:
+                is_as_before = footprint.num_fds == first.num_fds
+                is_settled = is_as_before or now - began > _SETTLING_BOUND_S
+            if is_free and is_settled:
                 break
-            previous = footprint
-            if time.monotonic() > deadline:
+            if now > deadline:
                 self._judge.violate(f"{daemon.name} does not come to rest: {stats}, {footprint}")
                 return
         self._report.memd_errors = stats["errors"]

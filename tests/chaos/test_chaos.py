@@ -40,7 +40,7 @@ def test_memd_withstands_a_known_storm(directory: Path) -> None:
     assert report.counts["worker: pools_full"] > 0
     assert report.counts["worker: rings_full"] > 0
     assert report.counts["vandal: frames_answered"] > 100
-    assert report.num_requests > 10_000
+    assert report.num_requests > 1_000
     assert report.memd_disk["puts"] > 100
     assert report.memd_disk["gets"] > 50
     assert len(report.reclaim_s) > 3

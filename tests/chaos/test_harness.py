@@ -47,23 +47,27 @@ def leak(self, pid):
     return open_session(self, pid)
 Service.open_session = leak
 """
+# A page too many is counted as free. Whoever comes first finds it: memd's own check, a worker that
+# asks for it, or one that was given pages it cannot have.
 BROKEN_BOOKS = """
 from memd.store import PageTable
 commit, calls = PageTable.commit, []
 def miscount(self, page_ids):
     commit(self, page_ids)
     calls.append(self)
-    if len(calls) == 200:
+    if len(calls) % 200 == 0:
         self._counts[0] += 1
 PageTable.commit = miscount
 """
 
+# Not in a row's first word, which names its owner: then a page that is reserved again would be
+# found to be another's before anybody compared its rows.
 WRONG_FROM_DISK = """
 from memd.tiers.disk import GetJob
 run = GetJob.run
 def misread(self):
     run(self)
-    self.into[5] ^= 1
+    self.into[21] ^= 1
 GetJob.run = misread
 """
 
@@ -79,7 +83,11 @@ GetJob.run = misread
         pytest.param(MEMORY_LEAK, "heap has grown", id="a leak of memory"),
         pytest.param(DESCRIPTOR_LEAK, "num_fds of the survivor was", id="a leak of descriptors"),
         pytest.param(WRONG_FROM_DISK, "wrong rows", id="a wrong byte from disk"),
-        pytest.param(BROKEN_BOOKS, "integrity|pages that cannot be", id="broken books"),
+        pytest.param(
+            BROKEN_BOOKS,
+            "integrity is|books differ|pages that cannot be|so many were not free|another number",
+            id="broken books",
+        ),
     ],
 )
 def test_a_broken_daemon_is_found_out(prelude: str, finding: str) -> None:

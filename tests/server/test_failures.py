@@ -149,7 +149,8 @@ def test_a_running_memd_takes_a_killed_servers_pages_back(
     flags = policy_flags(0.5, "--kv-policy-memd", own_memd)
     empty = memd_status(own_memd)
     with start_server(demo_model_dir, tmp_path / "server", *flags, max_total_tokens=8192) as server:
-        with server.stream(reference.ids(PROMPTS[0]), NUM_TOKENS) as chunks:
+        # Longer than it takes to ask memd how it is.
+        with server.stream(reference.ids(PROMPTS[0]), 20 * NUM_TOKENS) as chunks:
             for chunk in chunks:
                 if chunk.num_tokens >= KILL_AFTER_TOKENS:
                     break

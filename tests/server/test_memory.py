@@ -110,8 +110,8 @@ def test_more_requests_run_in_the_same_bytes(
 def test_the_ratio_is_the_share_of_bytes_that_a_prompt_holds(
     servers: ServerPool, reference: Reference, preset: str
 ) -> None:
-    ratio = {"default": 0.3, "paper": 0.5}[preset]
-    server = servers.get(*policy_flags(ratio, "--kv-policy-preset", preset))
+    ratio, flags = {"default": (0.3, ()), "paper": (0.5, ("--kv-policy-preset", "paper"))}[preset]
+    server = servers.get(*policy_flags(ratio, *flags))
     ids = reference.ids(PromptSpec("prose", 6_000, 50_000))
     with server.stream(ids, 256) as chunks:
         generated = next(iter(chunks)).num_tokens

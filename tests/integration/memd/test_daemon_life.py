@@ -264,7 +264,8 @@ pretouch._MAX_THREADS = 1
 def test_a_start_can_be_watched_and_ended(tmp_path: Path) -> None:
     port = free_port()
     code = SLOW_START.replace("3600", "0.2")
-    with running(tmp_path, "--metrics-port", str(port), code=code) as daemon:
+    options = ("--metrics-port", str(port), "--bytes", "64MiB")
+    with running(tmp_path, *options, code=code) as daemon:
         eventually(lambda: ask(port, "/readyz") == (503, "memd is starting\n"), "it starts")
         eventually(daemon.directory.exists, "it takes its address")
         assert ask(port, "/healthz")[0] == 200
@@ -272,7 +273,7 @@ def test_a_start_can_be_watched_and_ended(tmp_path: Path) -> None:
         assert shown.returncode == 3
         assert f"memd {daemon.child.pid} at {daemon.address} is starting" in shown.stdout
         eventually(lambda: metrics(port)["memd_region_ready_bytes"] >= 2 << 20, "bytes get ready")
-        assert metrics(port)["memd_region_bytes"] == 8 << 20
+        assert metrics(port)["memd_region_bytes"] == 64 << 20
         daemon.signal(signal.SIGTERM)
         assert daemon.ends_within(BOUND_S) == 0
         assert daemon.is_gone_without_a_trace()
@@ -306,9 +307,12 @@ def test_a_terminal_shows_a_bar_while_the_region_is_made(tmp_path: Path) -> None
         os.close(theirs)
         assert child.stdout is not None
         assert child.stdout.readline().startswith(b"READY ")
-        child.send_signal(signal.SIGINT)
-        shown = read_terminal(ours)
-        assert child.wait(BOUND_S) == 0
+        try:
+            child.send_signal(signal.SIGINT)
+            shown = read_terminal(ours, until="64 MiB ready after")
+            assert child.wait(BOUND_S) == 0
+        finally:
+            child.kill()
     os.close(ours)
     assert "allocating" in shown
     assert "64 MiB ready after" in shown
@@ -433,15 +437,17 @@ def test_every_line_of_a_json_log_is_an_object(tmp_path: Path) -> None:
 # Looking ------------------------------------------------------------------------------------------
 
 
-def read_terminal(fd: int) -> str:
-    """What a child has written to its terminal, until it closes it or falls silent."""
+def read_terminal(fd: int, *, until: str) -> str:
+    """What a child has written to its terminal, until that text is there or the child ends."""
     text = b""
-    while select.select([fd], [], [], 1.0)[0]:
+    deadline = time.monotonic() + BOUND_S
+    while until.encode() not in text and (left := deadline - time.monotonic()) > 0:
+        if not select.select([fd], [], [], left)[0]:
+            break
         try:
-            chunk = os.read(fd, 65536)
+            text += os.read(fd, 65536)
         except OSError:
             break
-        text += chunk
     return text.decode(errors="replace")
 
 
@@ -471,14 +477,17 @@ def test_top_on_a_terminal_is_left_by_a_key(tmp_path: Path, key: bytes) -> None:
         ) as top,
     ):
         os.close(theirs)
-        shown = read_terminal(ours)
-        assert f"memd {daemon.child.pid}" in shown
-        os.write(ours, key)
-        if key == b"\x03":
-            top.send_signal(signal.SIGINT)
-        assert top.wait(BOUND_S) == 0
-        assert top.stderr is not None
-        assert top.stderr.read() == b""
+        try:
+            title = f"memd {daemon.child.pid}"
+            assert title in read_terminal(ours, until=title)
+            os.write(ours, key)
+            if key == b"\x03":
+                top.send_signal(signal.SIGINT)
+            assert top.wait(BOUND_S) == 0
+            assert top.stderr is not None
+            assert top.stderr.read() == b""
+        finally:
+            top.kill()
     os.close(ours)
 
 
