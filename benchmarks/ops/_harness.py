@@ -127,7 +127,7 @@ def _columns(others: list[str]) -> list[str]:
 
 def _against(other_us: float | None, native_us: float) -> tuple[str, str]:
     """Two cells: the other's time, and how often ours fits into it."""
-    return ("", "") if other_us is None else (f"{other_us:,.1f}", f"{other_us / native_us:.1f}x")
+    return ("", "") if other_us is None else (f"{other_us:,.1f}", f"{other_us / native_us:.2f}x")
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

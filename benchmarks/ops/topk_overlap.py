@@ -36,7 +36,7 @@ NUM_PIVOTS, NUM_QUERIES, GROUP_SIZE, HEAD_DIM = 25, 5, 3, 64
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """One row per prompt length, dtype and format of the keys."""
     for name in options.dtypes:
-        for length, bits in itertools.product((1024, 4096, 7500), (0, 8, 4)):
+        for length, bits in itertools.product((1024, 4096, 7500, 32768), (0, 8, 4)):
             case = make(DTYPES[name], length, bits)
             key_bytes = (
                 quantized_key_bytes(HEAD_DIM, bits) if bits else HEAD_DIM * DTYPES[name].itemsize

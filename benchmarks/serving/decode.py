@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import os
 import statistics
@@ -30,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.common import machine, results
+from hetero_sglang.profile import ModelShape
 from tests.server.harness import Server, ServerError, start_server
 from tests.simulation.texts import prompt_ids
 
@@ -278,10 +280,9 @@ def context_costs(
 
 def token_bytes(model_dir: Path, dtype: str) -> int:
     """Bytes of one token's K and V over all heads of all layers."""
-    config = AutoConfig.from_pretrained(model_dir)
-    head_dim = config.hidden_size // config.num_attention_heads
-    row_bytes = 2 * head_dim * {"float32": 4, "bfloat16": 2}[dtype]
-    return int(config.num_hidden_layers * config.num_key_value_heads * row_bytes)
+    shape = ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    row_bytes = 2 * shape.head_dim * {"float32": 4, "bfloat16": 2}[dtype]
+    return shape.num_layers * shape.num_kv_heads * row_bytes
 
 
 def num_checks(server: Server) -> int:
