@@ -273,14 +273,18 @@ class TestEnding:
     def test_sigterm_is_heard_whichever_thread_it_reaches(self, tmp_path: Path) -> None:
         # It is the same as a signal that finds the main thread inside ZeroMQ, because a client
         # leaves at that moment: no system call is interrupted, and the next one may sleep for ever.
+        cue = tmp_path / "cue"
         prelude = (
-            "import threading, time\n"
+            "import os, threading, time\n"
             "def signal_this_thread():\n"
-            "    time.sleep(1.0)\n"
+            f"    while not os.path.exists({str(cue)!r}):\n"
+            "        time.sleep(0.01)\n"
             "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
             "threading.Thread(target=signal_this_thread, daemon=True).start()\n"
         )
         with Daemon(tmp_path, "memd", num_bytes=REGION_BYTES, prelude=prelude) as daemon:
+            time.sleep(0.2)  # it sleeps in its poll, with nothing to do
+            cue.touch()
             eventually(lambda: daemon.child.returncode is not None, "SIGTERM is heard")
             assert daemon.child.returncode == 0
 
