@@ -104,6 +104,8 @@ class Retrieval:
         self._max_rows = max_rows
         self._kept: dict[int, KeptRows] = {}
         self._flights: list[_Flight] = []
+        # The landing ring had no room for all that is missing, and nothing has left it since.
+        self._is_ring_full = False
 
     @property
     def is_idle(self) -> bool:
@@ -158,6 +160,8 @@ class Retrieval:
 
     def issue(self) -> None:
         """Sends at most one message for everything that is missing; never blocks."""
+        if self._is_ring_full and self._flights:
+            return  # a plan would only be thrown away again
         exchanges: list[_Exchange] = []
         indices: list[NDArray[np.int64]] = []
         owners: list[KeptRows] = []
@@ -180,6 +184,7 @@ class Retrieval:
         if not exchanges:
             return
         ticket = self._store.fetch(np.concatenate(indices))
+        self._is_ring_full = ticket is None
         if ticket is None:
             return
         for exchange, kept in zip(exchanges, owners, strict=True):
@@ -199,6 +204,7 @@ class Retrieval:
                 waiting.append(flight)
             else:
                 self._land(flight)
+                self._is_ring_full = False
         self._flights = waiting
 
     def _is_in_flight(self, flight: _Flight, wait: bool) -> bool:

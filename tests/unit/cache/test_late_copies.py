@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from tests.held_transfers import HeldTransfers
@@ -108,6 +109,31 @@ def test_landing_rows_are_in_use_until_the_device_has_them(machine: eager.Machin
     assert memd.landing_rows_used == 0
     assert counters.dropped == counters.issued == issued
     assert counters.installed_rows == 0
+
+
+def test_a_full_landing_ring_is_not_asked_again_before_something_has_landed(
+    machine: eager.Machine,
+) -> None:
+    counters, memd = machine.runtime._retrieval.counters, machine.memd
+    machine.transfers.is_held = False
+    machine.admit(prompt_len=40, chunk=40)
+    machine.decode(steps=1)
+    machine.admit(prompt_len=40, chunk=40)
+    machine.runtime.poll()
+    memd.hold()
+    # The first one drifts a step before the second, which finds the ring full.
+    while counters.issued == 0:
+        machine.decode(steps=1)
+    other = memd.fetch(np.zeros(48 - memd.landing_rows_used, dtype=np.int64))
+    machine.decode(steps=5)
+    assert counters.issued == 1
+    assert memd.stats()["counters"]["fetches_refused_ring_full"] == 1
+    memd.resume()
+    memd.finish(other)
+    machine.decode(steps=3)
+    assert counters.issued > 1
+    assert counters.installed > 1
+    assert memd.stats()["counters"]["fetches_refused_ring_full"] == 1
 
 
 def test_a_dead_memd_leaves_no_staging_behind(machine: eager.Machine) -> None:
