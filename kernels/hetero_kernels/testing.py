@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Largest error of results of order 1; movement of data is exact.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# By how much numbers above 1 may differ besides: by their last digit, which rounding decides.
+LAST_DIGIT = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
 def implementations() -> list[str]:

@@ -171,13 +171,14 @@ class FakeDriver:
 
     def held(self) -> dict[str, int]:
         """What this process holds of each kind; a test that ends well finds zeros."""
-        return {
-            "contexts": self._contexts.total(),
-            "mappings": sum(mapping.count for mapping in self._mappings.values()),
-            "streams": len(self._streams),
-            "events": len(self._events),
-            "registrations": len(self._registrations),
-        }
+        with self._lock:
+            return {
+                "contexts": self._contexts.total(),
+                "mappings": sum(mapping.count for mapping in self._mappings.values()),
+                "streams": len(self._streams),
+                "events": len(self._events),
+                "registrations": len(self._registrations),
+            }
 
     @property
     def registered_bytes(self) -> int:

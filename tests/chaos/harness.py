@@ -125,6 +125,8 @@ class Chaos:
         # When a vacancy is filled, by daemon and role.
         self._vacancies: dict[tuple[str, str], float] = {}
         self._restart_at = math.inf
+        # When the first worker since the last calm had a client.
+        self._busy_since: float | None = None
 
     def run(self) -> Report:
         """Do it all; children are gone afterwards, whatever happened."""
@@ -156,7 +158,7 @@ class Chaos:
     def _storm(self) -> None:
         """Faults and calms until the time is over or something does not hold."""
         begin = time.monotonic()
-        end, next_calm = begin + self._plan.duration_s, begin + self._plan.warm_up_s
+        end, calm_after_s = begin + self._plan.duration_s, self._plan.warm_up_s
         fault = self._next_fault(begin)
         while (now := time.monotonic()) < end and not self._report.violations:
             if now >= fault.at:
@@ -164,10 +166,11 @@ class Chaos:
                 fault = self._next_fault(fault.at)
             self._recruit(now)
             self._tick()
-            if now >= next_calm:
+            # A slow machine needs seconds to start a worker: they are not counted.
+            if self._busy_since is not None and now >= self._busy_since + calm_after_s:
                 self._calm_down()
-                # Neither faults nor the next calm are due for the time that this one took.
-                next_calm = time.monotonic() + self._plan.calm_every_s
+                calm_after_s, self._busy_since = self._plan.calm_every_s, None
+                # Nor are faults due for the time that this one took.
                 fault = dataclasses.replace(fault, at=fault.at + time.monotonic() - now)
 
     def _next_fault(self, previous_at: float) -> _Fault:
@@ -284,6 +287,8 @@ class Chaos:
         for line in actor.lines.news():
             actor.awake_at = now
             actor.counts = line.pop("counts", actor.counts)
+            if line["event"] == "connected" and self._busy_since is None:
+                self._busy_since = now
             if line["event"] != "progress":
                 self._report.events.append({**line, "name": actor.name})
             self._judge.line(actor.name, actor.daemon, line)

@@ -72,6 +72,7 @@ GetJob.run = misread
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("prelude", "finding"),
     [
@@ -93,7 +94,8 @@ GetJob.run = misread
 def test_a_broken_daemon_is_found_out(prelude: str, finding: str) -> None:
     plan = Plan(
         seed=1,
-        duration_s=30.0,
+        # It ends with the first finding.
+        duration_s=100.0,
         warm_up_s=2.0,
         calm_every_s=5.0,
         disk_bytes=Plan.disk_bytes if prelude == WRONG_FROM_DISK else 0,
@@ -105,9 +107,9 @@ def test_a_broken_daemon_is_found_out(prelude: str, finding: str) -> None:
 
 
 def test_a_failure_tells_seed_events_and_how_to_replay() -> None:
-    plan = Plan(seed=42, duration_s=10.0, warm_up_s=9.0, prelude=WRONG_BYTE)
+    plan = Plan(seed=42, duration_s=60.0, warm_up_s=59.0, prelude=WRONG_BYTE)
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         text = Chaos(plan, Path(name)).run().failure()
     assert "chaos with seed 42 found" in text
-    assert "benchmarks.memd.chaos --seed 42 --minutes 0.17" in text
+    assert "benchmarks.memd.chaos --seed 42 --minutes 1.00" in text
     assert "{'event': 'connected'" in text

@@ -480,13 +480,14 @@ def main(address: str, seed: int) -> int:
         while not orders.is_leaving:
             progress.tell()
             deadline_s = float(rng.choice(_DEADLINES_S))
+            # Before it connects: memd may be killed as soon as it has answered.
+            since = time.monotonic()
             client = _connect(address, rng, deadline_s, progress.counts)
             if client is None:
                 time.sleep(_RETRY_S)
                 continue
             say("connected", client_id=client.client_id, deadline_s=deadline_s)
             with client:
-                since = time.monotonic()
                 program = Program(client, rng, progress.counts)
                 _work(program, client, rng, progress, orders)
                 if not client.is_alive:

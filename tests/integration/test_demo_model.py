@@ -192,7 +192,7 @@ def test_of_two_at_once_one_works_and_one_waits(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=50)
+        thread.join(timeout=80)
 
     assert sorted(result.is_new for result in results) == [False, True]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]

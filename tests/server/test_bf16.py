@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 BF16 = ("--dtype", "bfloat16")
 NUM_TOKENS = 48
-PROMPTS = (PromptSpec("code", 1_400), PromptSpec("prose", 3_000, 100_000))
+# Short ones: where the processor has no instructions for it, stock's bf16 is very slow.
+PROMPTS = (PromptSpec("code", 1_100), PromptSpec("prose", 1_300, 100_000))
 # What a server computes beyond rounding would show in every token; two roundings of the same thing
 # lie side by side. A row's set may differ by what rounding lets in or out.
 ALLOWED = {1.0: 1.25, 0.5: 2.0}

@@ -22,7 +22,7 @@ from tests.server.harness import run_to_refusal, start_server
 if TYPE_CHECKING:
     from tests.server.harness import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(2000)]
 
 # More than one chunk of the calibration's own prefill.
 NUM_TOKENS = 2200

@@ -27,13 +27,13 @@ pytestmark = [
     pytest.mark.server,
     pytest.mark.multiproc,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(2000),
 ]
 
 PROMPTS = (PromptSpec("code", 2_000), PromptSpec("code", 1_500, 12_000), PromptSpec("prose", 60))
 NUM_TOKENS = 80
 KILL_AFTER_TOKENS = 12
-END_TIMEOUT_S = 20
+END_TIMEOUT_S = 60
 
 
 def is_gone(pid: int) -> bool:
@@ -52,10 +52,10 @@ def wait_until_gone(pids: list[int]) -> None:
     )
 
 
-def count_tokens(server: Server, prompt: list[int], started: list[int]) -> int:
+def count_tokens(server: Server, prompt: list[int], num_tokens: int, started: list[int]) -> int:
     """Tokens of a stream; ``started`` gets an entry when it is well under way."""
     count = 0
-    with server.stream(prompt, NUM_TOKENS) as chunks:
+    with server.stream(prompt, num_tokens) as chunks:
         for chunk in chunks:
             if count < KILL_AFTER_TOKENS <= chunk.num_tokens:
                 started.append(chunk.num_tokens)
@@ -72,10 +72,15 @@ def test_requests_finish_when_memd_is_killed_during_decode(
         assert memd in [process.pid for process in server.descendants()]
         started: list[int] = []
         with ThreadPoolExecutor(len(prompts)) as pool:
-            counts = [pool.submit(count_tokens, server, p, started) for p in prompts]
-            wait_until(lambda: len(started) == len(prompts), 240, lambda: f"started {started}")
+            # Long enough to find out, however late the kill comes.
+            wanted = [3 * NUM_TOKENS] * len(prompts)
+            counts = [
+                pool.submit(count_tokens, server, prompt, num_tokens, started)
+                for prompt, num_tokens in zip(prompts, wanted, strict=True)
+            ]
+            wait_until(lambda: len(started) == len(prompts), 600, lambda: f"started {started}")
             os.kill(memd, signal.SIGKILL)
-            assert [count.result(timeout=240) for count in counts] == [NUM_TOKENS] * len(prompts)
+            assert [count.result(timeout=600) for count in counts] == wanted
         state = server.heterocache()
         assert state["memd"]["state"] == "lost"
         assert state["integrity"] == "ok"
@@ -89,7 +94,7 @@ def test_requests_finish_when_memd_is_killed_during_decode(
         assert {name: area["used_bytes"] for name, area in after["areas"].items()} == dict.fromkeys(
             after["areas"], 0
         )
-        assert server.is_healthy()
+        wait_until(server.is_healthy, 60, server.log_tail)
 
 
 def test_memd_ends_with_a_killed_server(
@@ -133,11 +138,11 @@ def own_memd(tmp_path: Path) -> Iterator[str]:
 def memd_status(address: str) -> dict[str, Any]:
     """What `memd status --json` says of one daemon."""
     done = subprocess.run(
-        [sys.executable, "-m", "memd", "status", "--json", "--address", address],
+        [sys.executable, "-m", "memd", "status", "--json", "--wait", "30", "--address", address],
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=120,
     )
     status: dict[str, Any] = json.loads(done.stdout)[0]
     return status
@@ -162,7 +167,12 @@ def test_a_running_memd_takes_a_killed_servers_pages_back(
             END_TIMEOUT_S,
             lambda: f"pages are still used: {memd_status(own_memd)}",
         )
-    assert memd_status(own_memd)["region"]["free_bytes"] == empty["region"]["free_bytes"]
+    # It is free when it has been cleaned.
+    wait_until(
+        lambda: memd_status(own_memd)["region"]["free_bytes"] == empty["region"]["free_bytes"],
+        END_TIMEOUT_S,
+        lambda: f"bytes are still used: {memd_status(own_memd)}",
+    )
     # The next server finds all of the room.
     with start_server(demo_model_dir, tmp_path / "next", *flags, max_total_tokens=8192) as server:
         assert len(server.generate(reference.ids(PROMPTS[1]), 12).token_ids) == 12

@@ -19,14 +19,14 @@ from hetero_sglang.simulation.engine import Simulation, prefill
 from hetero_sglang.simulation.method import Method, Profile, held_heads
 from tests.server.conftest import Reference, policy_flags
 from tests.server.harness import start_server
-from tests.simulation.compare import Stream, compare
+from tests.simulation.compare import DRIFT_TIE_POSITIONS, Stream, compare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.server.harness import Server
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(2000)]
 
 ROLES = Path(__file__).parents[1] / "data" / "llama-3.1-8b-roles.json"
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 32, 32, 8, 32, 128
@@ -122,6 +122,10 @@ def test_the_published_roles_run_at_a_share_of_0_15(
         Stream(answer.token_ids, answer.logprobs),
     )
     assert verdict.is_accepted, verdict.evidence
-    assert after["drift"]["events"] - before["drift"]["events"] == verdict.trace.num_drifts > 0
+    # A verdict that is a tie, and that no later token shows, may be another one.
+    events = after["drift"]["events"] - before["drift"]["events"]
+    ties = sum(check.distance <= DRIFT_TIE_POSITIONS for check in verdict.trace.checks)
+    assert events > 0
+    assert abs(events - verdict.trace.num_drifts) <= ties
     assert after["integrity"] == "ok"
     assert after["areas"]["blocks"]["used_bytes"] == 0

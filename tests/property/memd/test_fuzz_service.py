@@ -288,15 +288,16 @@ def test_the_longest_frames_take_bounded_time_and_memory(name: str) -> None:
     frame = LONG_FRAMES[name]
     with JudgedService(max_frame_bytes=MAX_BYTES) as judged:
         judged.send(b"one", hello_frame(judged.attach()))
+        begin = time.thread_time()
+        judged.service.handle(b"one", frame)
+        took = time.thread_time() - begin
+        # None of them changes anything. Traced, the same takes some times longer.
         tracemalloc.start()
         try:
-            begin = time.thread_time()
             judged.service.handle(b"one", frame)
-            took = time.thread_time() - begin
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    # Tracing memory makes this some times slower than it is.
     assert took < 3.0
     assert peak < 6 * MAX_BYTES
 

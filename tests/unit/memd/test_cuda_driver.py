@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import shutil
 import subprocess
@@ -225,17 +226,29 @@ def test_an_old_driver_is_named_by_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_a_call_that_hangs_leaves_the_interpreter_to_others(tmp_path: Path) -> None:
-    sleeping = "unsigned int usleep(unsigned int);\n" + STUB.replace(
-        "{ EXPECT(flags == 0); return 0; }", "{ usleep(300000); return 0; }"
-    )
-    driver = load_driver(str(compile_stub(tmp_path, sleeping)))
-    caller = threading.Thread(target=driver.init)
+    # Twenty seconds, unless somebody else gets to say that it may go.
+    declared = "unsigned int usleep(unsigned int);\nstatic volatile int released;\n"
+    declared += "void let_go(void) { released = 1; }\n"
+    waiting = "{ for (int i = 0; i < 20000 && !released; i++) usleep(1000); return !released; }"
+    stub = STUB.replace("{ EXPECT(flags == 0); return 0; }", waiting)
+    assert stub != STUB
+    library = compile_stub(tmp_path, declared + stub)
+    driver = load_driver(str(library))
+    errors: list[CudaError] = []
+
+    def call() -> None:
+        try:
+            driver.init()
+        except CudaError as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
     caller.start()
-    turns = 0
-    while caller.is_alive():
-        time.sleep(0.01)
-        turns += 1
-    assert turns > 3
+    time.sleep(0.05)
+    ctypes.CDLL(str(library)).let_go()
+    caller.join(60.0)
+    assert not caller.is_alive()
+    assert errors == []
 
 
 def test_importing_memds_cuda_package_loads_no_driver_and_no_torch() -> None:

@@ -32,7 +32,12 @@ def stats() -> dict:
         memd.poll()
         memd.commit(reserved.page_ids[:2])
         memd.poll()
-        return memd.service.stats()
+        stats = memd.service.stats()
+    # On a busy machine that took a second.
+    stats["daemon"]["uptime_s"] = 0.0
+    for client in stats["clients"]:
+        client["silent_s"] = 0.0
+    return stats
 
 
 def later(stats: dict, **counters: int) -> dict:

@@ -142,7 +142,10 @@ def test_a_killed_daemons_lock_is_nobodys(tmp_path: Path) -> None:
     assert lock_holder(endpoint) is None
 
 
-def test_looking_for_the_holder_does_not_keep_a_daemon_from_starting(tmp_path: Path) -> None:
+def test_looking_for_the_holder_does_not_keep_a_daemon_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memd.endpoint._LOCK_PATIENCE_S", 5.0)
     endpoint = Endpoint(tmp_path / "s")
     endpoint.lock.touch()
     looking = endpoint.lock.open("rb")

@@ -41,7 +41,9 @@ def board(clock: Clock) -> Noticeboard:
 
 
 @pytest.fixture
-def probes(board: Noticeboard) -> Iterator[Probes]:
+def probes(board: Noticeboard, monkeypatch: pytest.MonkeyPatch) -> Iterator[Probes]:
+    # Longer than anybody waits here: who is held up notices.
+    monkeypatch.setattr(memd.probes, "_DEADLINE_S", 6 * BOUND_S)
     with Probes(0, board) as probes:
         yield probes
 
@@ -135,9 +137,7 @@ def test_scrapers_that_hang_hold_up_nobody(probes: Probes) -> None:
     hanging = [connect(probes) for _ in range(200)]
     try:
         hanging[-1].sendall(b"GET /metrics HTTP/1.1\r\n")
-        begin = time.monotonic()
         assert ask(probes, "/metrics")[0] == 200
-        assert time.monotonic() - begin < 1.5
     finally:
         for connection in hanging:
             connection.close()
@@ -179,7 +179,10 @@ def test_closing_ends_the_thread_and_open_connections(board: Noticeboard) -> Non
     before = set(threading.enumerate())
     probes = Probes(0, board)
     with connect(probes) as connection:
-        time.sleep(0.05)
+        deadline = time.monotonic() + BOUND_S
+        while not probes._connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         probes.close()
         probes.close()
         assert set(threading.enumerate()) <= before

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 def run(code: str) -> str:
     """Output of a fresh interpreter: the stand-ins change what later imports find."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=170, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()

@@ -52,6 +52,7 @@ def machine() -> Iterator[CapturedMachine]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(
     not triton_support.is_installed() or not triton_support.is_interpreted(),
     reason="needs Triton's interpreter",
