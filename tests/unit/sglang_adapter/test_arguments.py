@@ -85,6 +85,7 @@ def test_settings_survive_the_way_to_another_process() -> None:
         ("--kv-policy-ratio 0.6", r"--kv-policy-ratio 0\.6 has no effect without"),
         ("--kv-policy heterocache --kv-policy-ratio 0", r"--kv-policy-ratio.*0\.0"),
         ("--kv-policy heterocache --kv-policy-ratio nan", r"--kv-policy-ratio.*nan"),
+        ("--kv-policy heterocache --kv-policy-ratio 1.5", r"--kv-policy-ratio.*1\.5"),
         ("--kv-policy heterocache --kv-policy-drift-threshold 2", r"drift-threshold.*2\.0"),
         ("--kv-policy heterocache --kv-policy-drift-interval 0", r"drift-interval.*got 0"),
         ("--kv-policy heterocache --kv-policy-min-tokens 0", r"min-tokens.*got 0"),
