@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,8 @@ __all__ = ["LAYOUT", "NUM_PAGES", "JudgedService", "hello_frame", "send_hostile_
 
 _LOG = logging.getLogger("memd")
 
-FRAME_BOUND_S = 5.0
-"""Processor time for one frame of a few kilobytes: what believes its numbers takes minutes."""
+FRAME_BOUND_S = 0.5
+"""Processor time for one frame of a few kilobytes."""
 
 LAYOUT = KVLayout(num_heads=2, head_dim=8, dtype="float16", page_tokens=4)
 """Layout of the clients that `hello_frame` registers."""
@@ -160,9 +161,14 @@ class JudgedService:
         """Send a frame and judge the reply; None if it has to wait."""
         expected = self.model.expect(connection, frame)
         before = self._state()
-        begin = time.thread_time()
-        raw = self.service.handle(connection, frame)
-        took = time.thread_time() - begin
+        # A look through all that this process holds is no part of what the frame costs.
+        gc.disable()
+        try:
+            begin = time.thread_time()
+            raw = self.service.handle(connection, frame)
+            took = time.thread_time() - begin
+        finally:
+            gc.enable()
         self.longest_s = max(self.longest_s, took)
         assert took < FRAME_BOUND_S, f"{took:.3f} s for {frame[:200]!r}"
         if raw is None and expected.kind is HelloReply:
